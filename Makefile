@@ -1,0 +1,64 @@
+# One target per habit. A fresh machine needs Python >= 3.11 and make; `make install` prepares the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: install demo test test-all test-timm lint format typecheck check bench build wheel docs clean
+.DEFAULT_GOAL := check
+
+install: $(STAMP)
+
+# Editable install of vitzoo with its extension where a compiler is found, everything pinned by constraints.txt.
+$(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "vitzoo needs Python >= 3.11; name one with: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+		{ rm -rf $(VENV); echo "no venv module: on Debian or Ubuntu, apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel torch torchvision
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/vitzoo demo --out results
+
+test: install
+	$(PYTEST) -n 2 -m "not slow and not gpu"
+
+test-all: install
+	$(PYTEST) -n 2 -m "not gpu"
+
+test-gpu: install
+	$(PYTEST) -m gpu
+
+test-timm: install
+	$(BIN)/python tests/timm_suite.py $(if $(ALL),--all)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+
+typecheck: install
+	$(BIN)/mypy
+
+check: lint typecheck test
+
+bench: install
+	$(BIN)/python benchmarks/run_kernels.py
+
+build: install
+	$(BIN)/python setup.py -q build_ext --inplace
+
+wheel: install
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean:
+	rm -rf build dist results *.egg-info vitzoo/*.so .mypy_cache .ruff_cache .pytest_cache .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

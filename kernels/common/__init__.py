@@ -1,0 +1,1 @@
+"""What operators share: backends and the compiled extension."""

@@ -1,0 +1,90 @@
+"""How an operator chooses among its implementations.
+
+An operator lists its backends, best first. Each says in words why it cannot take a call; the first without a reason
+runs. `use_backend` forces one by name, and a forced backend that cannot run is an error, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+_forced: ContextVar[str | None] = ContextVar("vitzoo_backend", default=None)
+operators: dict[str, Operator] = {}
+
+
+class BackendError(RuntimeError):
+    """No backend can take a call, or the forced one cannot; the message gives every reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    Attributes:
+        name: one of `NAMES`.
+        run: the functions of the operator by pass, e.g. {"forward": ..., "backward": ...}.
+        why_not: called with the operator's arguments, returns None or the reason, a sentence without full stop, why it
+            cannot take them. Called with none, it judges the machine alone (`vitzoo doctor`).
+    """
+
+    name: str
+    run: dict[str, Callable[..., Any]]
+    why_not: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator's name and its backends, best first; it enters `operators` when made."""
+
+    name: str
+    backends: tuple[Backend, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        operators[self.name] = self
+
+    def choose(self, *args: Any, **kwargs: Any) -> Backend:
+        """Return the backend that runs this call.
+
+        Raises:
+            BackendError: the forced backend cannot take it, or none can.
+        """
+        forced = _forced.get()
+        reasons = []
+        for backend in self.backends:
+            if forced is not None and backend.name != forced:
+                continue
+            reason = backend.why_not(*args, **kwargs)
+            if reason is None:
+                return backend
+            reasons.append(f"{backend.name}: {reason}")
+        if forced is not None and not reasons:
+            reasons = [
+                f"{forced}: this operator has no such backend, only {', '.join(b.name for b in self.backends)}"
+            ]
+        start = f"backend {forced!r} was asked for but" if forced else "no backend"
+        raise BackendError(f"{start} cannot run {self.name}: {'; '.join(reasons)}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one backend for every operator called inside the block.
+
+    Args:
+        name: one of `NAMES`; None lets each operator choose again.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name is not None and name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(NAMES)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)

@@ -1,0 +1,60 @@
+"""vitzoo: efficient vision backbones behind timm's create_model, on kernels that run everywhere.
+
+Importing this package registers every model with timm. It loads neither Triton nor ONNX beyond what timm itself loads,
+and touches no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+from vitzoo import kernels, layers, registry
+from vitzoo._version import __version__
+from vitzoo.checkpoint import CheckpointError
+from vitzoo.factory import create_model
+from vitzoo.kernels.common.backends import use_backend
+from vitzoo.registry import CATEGORIES, UnknownModelError, list_models, model_info
+
+if TYPE_CHECKING:
+    from vitzoo.benchmark.flops import count_flops
+    from vitzoo.export import export_onnx
+
+__all__ = [
+    "CATEGORIES",
+    "CheckpointError",
+    "UnknownModelError",
+    "__version__",
+    "count_flops",
+    "create_model",
+    "export_onnx",
+    "kernels",
+    "layers",
+    "list_models",
+    "model_info",
+    "registry",
+]
+
+_LAZY = {"count_flops": "vitzoo.benchmark.flops", "export_onnx": "vitzoo.export"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'vitzoo' has no attribute {name!r}")
+
+
+def _publish_operators() -> None:
+    """Put every operator's public functions on vitzoo.kernels, which is a namespace package and has no __init__.py.
+
+    A folder and its function share a name; once the folder is imported, setting the function in its place is final.
+    """
+    for entry in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"vitzoo.kernels.{entry.name}")
+        for name in getattr(module, "__all__", ()):
+            setattr(kernels, name, getattr(module, name))
+    kernels.use_backend = use_backend  # type: ignore[attr-defined]
+
+
+_publish_operators()

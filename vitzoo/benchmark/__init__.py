@@ -1,0 +1,1 @@
+"""Measuring code: FLOPs, time, memory. Imported on demand."""
