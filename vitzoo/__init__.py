@@ -1,7 +1,7 @@
 """vitzoo: efficient vision backbones behind timm's create_model, on kernels that run everywhere.
 
-Importing this package registers every model with timm. It loads neither Triton nor ONNX beyond what timm itself loads,
-and touches no GPU.
+Importing this package registers every model with timm. It loads neither Triton nor ONNX beyond what timm
+itself loads, and touches no GPU.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _publish_operators() -> None:
-    """Put every operator's public functions on vitzoo.kernels, which is a namespace package and has no __init__.py.
+    """Put every operator's public functions on vitzoo.kernels, a namespace package without __init__.py.
 
-    A folder and its function share a name; once the folder is imported, setting the function in its place is final.
+    A folder and its function share a name; once the folder is imported, setting the function in its place is
+    final.
     """
     for entry in pkgutil.iter_modules(kernels.__path__):
         module = importlib.import_module(f"vitzoo.kernels.{entry.name}")

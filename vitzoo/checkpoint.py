@@ -1,9 +1,10 @@
 """Read the authors' checkpoint files exactly as published, without ever running what a pickle asks for.
 
-`.pth` files carry training state beside the weights: an `argparse.Namespace`, a yacs or OmegaConf config, an optimizer.
-torch's `weights_only` reader refuses such files as a whole. Here every class that a file names and torch does not know
-is replaced by an inert stand-in, which keeps arguments and does nothing; a file that names something able to act
-(`os.system`, `eval`, ...) is refused outright. This file imports nothing of vitzoo.
+`.pth` files carry training state beside the weights: an `argparse.Namespace`, a yacs or OmegaConf config, an
+optimizer. torch's `weights_only` reader refuses such files as a whole. Here every class that a file names and
+torch does not know is replaced by an inert stand-in, which keeps arguments and does nothing; a file that
+names something able to act (`os.system`, `eval`, ...) is refused outright. This file imports nothing of
+vitzoo.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import collections
 import pickletools
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,16 +27,16 @@ from torch.nn import functional as F
 WEIGHT_KEYS = ("model", "state_dict", "module", "model_state_dict", "net", "model_ema", "state_dict_ema")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
 
-# Top-level packages whose members can act on the machine. A file that names one is refused rather than disarmed: nobody
-# publishes weights that need them, so the file is not what it claims to be.
+# Top-level packages whose members can act on the machine. A file that names one is refused rather than
+# disarmed: nobody publishes weights that need them, so the file is not what it claims to be.
 _ACTING = frozenset(
-    "os posix nt sys subprocess shutil socket pty runpy importlib ctypes code codeop webbrowser operator pickle marshal "
-    "imp asyncio multiprocessing threading signal tempfile urllib http requests platform commands pdb timeit cProfile "
-    "profile bdb pip setuptools distutils _io io".split()
+    "os posix nt sys subprocess shutil socket pty runpy importlib ctypes code codeop webbrowser operator "
+    "pickle marshal imp asyncio multiprocessing threading signal tempfile urllib http requests platform "
+    "commands pdb timeit cProfile profile bdb pip setuptools distutils _io io".split()
 )
 _BUILTINS = ("builtins", "__builtin__", "__builtins__")
 _HARMLESS_BUILTINS = frozenset(
-    "set frozenset dict list tuple int float bool str bytes complex bytearray slice range object NoneType".split()
+    "set frozenset dict list tuple int float bool str bytes complex bytearray slice range object".split()
 )
 
 
@@ -118,18 +119,18 @@ def _globals(path: Path) -> set[str]:
     return found
 
 
-def _stand_ins(path: Path) -> list[tuple[Any, str]]:
+def _stand_ins(path: Path) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     try:
         names = _globals(path)
     except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
         raise CheckpointError(_damaged(path, error)) from error
-    allowed: list[tuple[Any, str]] = []
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
     for name in sorted(names):
         module, _, attribute = name.rpartition(".")
         root = module.split(".")[0]
         if root in _ACTING or (root in _BUILTINS and attribute not in _HARMLESS_BUILTINS):
             raise CheckpointError(
-                f"{path} was refused: its pickle asks for {name}, which weights never need; nothing in it was run. "
+                f"{path} was refused: its pickle asks for {name}, which weights never need; nothing was run. "
                 "Get the file again from its authors."
             )
         if root in _BUILTINS or name in _get_allowed_globals():
@@ -139,9 +140,9 @@ def _stand_ins(path: Path) -> list[tuple[Any, str]]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    size = path.stat().st_size
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return (
-        f"{path} ({size:,} bytes) is not a readable checkpoint, it may be truncated: {str(error).splitlines()[0][:200]} "
+        f"{path} ({path.stat().st_size:,} bytes) is not a readable checkpoint, it may be truncated: {reason} "
         "Download it again and compare its size with the published one."
     )
 
@@ -218,7 +219,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = False) -> Checkpoint:
 
 
 def strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove `module.`, `backbone.`, ... where every name starts with it (a segmentation file keeps its backbone only).
+    """Remove `module.`, `backbone.`, ... where every name has it; of a segmentation file keep the backbone.
 
     Args:
         state_dict: name -> tensor.
@@ -234,12 +235,14 @@ def strip_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def resize_pos_grid(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resize a table of grid positions as the DeiT line of papers does: bicubic, no antialiasing.
 
-    timm's `resample_abs_pos_embed` antialiases and keeps the norm at float32 likewise but is up to 3% away from what
-    the authors' own loaders give (DeiT, EViT and Vim call `interpolate(..., mode="bicubic", align_corners=False)`).
+    timm's `resample_abs_pos_embed` antialiases and keeps the norm at float32 likewise but is up to 3% away
+    from what the authors' own loaders give (DeiT, EViT and Vim call `interpolate(..., mode="bicubic",
+    align_corners=False)`).
 
     Args:
         pos: (1, old[0] * old[1], C), row-major.
-        old, new: grid height and width.
+        old: grid height and width that the table has.
+        new: grid height and width wanted.
 
     Returns:
         (1, new[0] * new[1], C), dtype of `pos`.

@@ -17,9 +17,9 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     Args:
         name: model name, or "model.tag" for one published checkpoint and the arguments it was trained with.
         pretrained: load its weights.
-        kwargs: as for timm: `num_classes`, `in_chans`, `img_size`, `global_pool`, `features_only`, `out_indices`,
-            `pretrained_cfg_overlay={"file": path}`, `drop_path_rate`, ... and the family's own. `use_ema=True` takes the
-            moving average of a file that has one.
+        kwargs: as for timm: `num_classes`, `in_chans`, `img_size`, `global_pool`, `features_only`,
+            `out_indices`, `pretrained_cfg_overlay={"file": path}`, `drop_path_rate`, ... and the family's
+            own. `use_ema=True` takes the moving average of a file that has one.
 
     Returns:
         The model, in training mode.

@@ -1,8 +1,8 @@
 """What vitzoo knows of each model besides its code: family, categories, paper, licences, published figures.
 
-Constructors live in timm's registry, where `timm.models.register_model` puts them. This file keeps the rest, for our
-own families (each registers itself with `register_family`) and, by reference, for families that timm already has.
-It imports nothing of vitzoo.
+Constructors live in timm's registry, where `timm.models.register_model` puts them. This file keeps the rest,
+for our own families (each registers itself with `register_family`) and, by reference, for families that timm
+already has. It imports nothing of vitzoo.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ def model_info(name: str) -> ModelInfo:
     family = family_of(model)
     if family is None:
         raise UnknownModelError(
-            f"{model!r} is a timm model outside vitzoo's categories; create_model builds it, vitzoo knows no more of it"
+            f"{model!r} is a timm model outside vitzoo's categories: create_model builds it, no more is known"
         )
     figures = family.models[model]
     cfg = get_pretrained_cfg(model)

@@ -1,7 +1,7 @@
-"""Helpers of the tests: golden files and their fill, and comparison with a reference. Imports nothing of vitzoo.
+"""Helpers of the tests: golden files and their fill, comparison with a reference. A leaf of the house.
 
-Golden files record what the authors' code printed for weights and inputs that a name and a shape define, so none are
-shipped. Only NumPy's legacy RandomState is used, whose stream never changes.
+Golden files record what the authors' code printed for weights and inputs that a name and a shape define, so
+none are shipped. Only NumPy's legacy RandomState is used, whose stream never changes.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def assert_golden(
 
 
 def gradient_norms(model: torch.nn.Module, x: Tensor) -> dict[str, float]:
-    """Return the norms of the gradients of `(logits * image(logits.shape, 7)).sum()`, as golden files define them."""
+    """Return the gradient norms of `(logits * image(logits.shape, 7)).sum()`, as golden files define them."""
     model.zero_grad()
     logits = model(x)
     (logits * image(logits.shape, 7)).sum().backward()
@@ -116,7 +116,7 @@ def gradient_norms(model: torch.nn.Module, x: Tensor) -> dict[str, float]:
 def assert_close_to_reference(
     out: Tensor, reference: Tensor, exact: Tensor, floor: float, what: str = "output", factor: float = 2.0
 ) -> None:
-    """Require that a backend be at most `factor` times as far from the float64 result as the reference in its dtype is.
+    """Require that a backend be at most `factor` times as far from the float64 result as the reference is.
 
     Args:
         out: what the backend gave.

@@ -1,7 +1,8 @@
 """How an operator chooses among its implementations.
 
-An operator lists its backends, best first. Each says in words why it cannot take a call; the first without a reason
-runs. `use_backend` forces one by name, and a forced backend that cannot run is an error, never a silent fallback.
+An operator lists its backends, best first. Each says in words why it cannot take a call; the first without a
+reason runs. `use_backend` forces one by name, and a forced backend that cannot run is an error, never a
+silent fallback.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Backend:
     Attributes:
         name: one of `NAMES`.
         run: the functions of the operator by pass, e.g. {"forward": ..., "backward": ...}.
-        why_not: called with the operator's arguments, returns None or the reason, a sentence without full stop, why it
-            cannot take them. Called with none, it judges the machine alone (`vitzoo doctor`).
+        why_not: called with the operator's arguments, returns None or the reason, a sentence without full
+            stop, why it cannot take them. Called with none, it judges the machine alone (`vitzoo doctor`).
     """
 
     name: str
@@ -64,9 +65,8 @@ class Operator:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
         if forced is not None and not reasons:
-            reasons = [
-                f"{forced}: this operator has no such backend, only {', '.join(b.name for b in self.backends)}"
-            ]
+            have = ", ".join(b.name for b in self.backends)
+            reasons = [f"{forced}: this operator has no such backend, only {have}"]
         start = f"backend {forced!r} was asked for but" if forced else "no backend"
         raise BackendError(f"{start} cannot run {self.name}: {'; '.join(reasons)}")
 

@@ -2,9 +2,10 @@
 
 Legend: B batch, C channels, H W height and width.
 
-A family subclasses `Backbone`, fills the attributes below in its constructor and supplies six hooks: `_stem`, `_step`,
-`_tap`, `_final`, `_pool`, `_truncate`. A *tap* is a place whose output can be handed out as a feature map: a stage of a
-hierarchical network, a block of a plain one. Families that are variations of a timm class subclass that class instead.
+A family subclasses `Backbone`, fills the attributes below in its constructor and supplies six hooks: `_stem`,
+`_step`, `_tap`, `_final`, `_pool`, `_truncate`. A *tap* is a place whose output can be handed out as a
+feature map: a stage of a hierarchical network, a block of a plain one. Families that are variations of a timm
+class subclass that class instead.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from timm.layers import get_device_dtype, to_2tuple
 from timm.models import checkpoint, feature_take_indices
 from timm.models._input import update_model_input_size
@@ -55,7 +55,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def _tap(self, index: int, state: Any, norm: bool) -> Tensor:
-        """Return the feature map (B, C, H, W) of tap `index`, normalised as the classifier would if `norm`."""
+        """Return the map (B, C, H, W) of tap `index`, normalised as for the classifier if `norm`."""
         raise NotImplementedError
 
     def _final(self, state: Any) -> Tensor:
@@ -76,7 +76,7 @@ class Backbone(nn.Module):
 
     def _checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function, recomputing it in the backward pass if gradient checkpointing is on."""
-        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+        if self.grad_checkpointing and self.training:
             return checkpoint(function, *args)
         return function(*args)
 
@@ -93,7 +93,7 @@ class Backbone(nn.Module):
         return self._final(state)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify what `forward_features` returned; (B, num_classes), or the pooled (B, C) if pre_logits."""
+        """Return logits (B, num_classes) from `forward_features`' result, or the pooled (B, C) if `pre_logits`."""
         if self.global_pool:
             x = self._pool(x)
         x = self.head_drop(x)

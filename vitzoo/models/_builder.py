@@ -1,8 +1,9 @@
 """Build a model of ours: a checkpoint's own arguments, a safe read of its file, timm's builder, an exact fit.
 
-timm's builder does everything but two things: it reads files with its own loader, which refuses the training state that
-authors publish beside their weights, and it does not know arguments that belong to a checkpoint (a keep rate, an alpha).
-Both happen here, before timm sees the state dict, so `timm.create_model` and `vitzoo.create_model` behave alike.
+timm's builder does everything but two things: it reads files with its own loader, which refuses the training
+state that authors publish beside their weights, and it does not know arguments that belong to a checkpoint (a
+keep rate, an alpha). Both happen here, before timm sees the state dict, so `timm.create_model` and
+`vitzoo.create_model` behave alike.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ def build(
         variant: registry name.
         pretrained: load weights: the tag's, or those of `pretrained_cfg_overlay={"file": path}`.
         filter_fn: the family's `checkpoint_filter_fn(state_dict, model)`.
-        defaults: the variant's constructor arguments; the checkpoint's own arguments go over them, the caller's over
-            both.
+        defaults: the variant's constructor arguments; the checkpoint's own arguments go over them, the
+            caller's over both.
         out_indices: taps that `features_only=True` gives unless asked otherwise.
-        kwargs: the caller's arguments, timm's `pretrained_cfg`, `pretrained_cfg_overlay`, `features_only`, ... included.
-            `use_ema=True` takes the moving average where a file has one.
+        kwargs: the caller's arguments, timm's `pretrained_cfg`, `pretrained_cfg_overlay`, `features_only`,
+            ... included. `use_ema=True` takes the moving average where a file has one.
 
     Raises:
-        CheckpointError: a file that is damaged, refused, of another variant (the message names the variant it fits), or
-            that only a person can fetch (the message says from where).
+        CheckpointError: a file that is damaged, refused, of another variant (the message names the variant it
+            fits), or that only a person can fetch (the message says from where).
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
@@ -88,7 +89,8 @@ def _with_weights(cfg: PretrainedCfg, variant: str, use_ema: bool, cache_dir: An
     changes: dict[str, Any] = {"state_dict": found.state_dict, "url": None, "file": None, "hf_hub_id": None}
     head = found.state_dict.get(f"{cfg.classifier}.weight")
     if head is not None:
-        # a fine-tuned file has its own number of classes: timm drops the head only where the model's differs from it
+        # a fine-tuned file has its own number of classes: timm drops the head only where the model's differs
+        # from it
         changes["num_classes"] = head.shape[0]
     return dataclasses.replace(cfg, **changes)
 
@@ -105,7 +107,8 @@ def _weights_path(cfg: PretrainedCfg, variant: str, cache_dir: Any) -> Path:
             return Path(download_cached_file(cfg.url, progress=True, cache_dir=cache_dir))
     except Exception as error:
         raise CheckpointError(
-            f"the weights of {variant}.{cfg.tag} could not be fetched from {cfg.url or cfg.hf_hub_id}: {error}. "
+            f"the weights of {variant}.{cfg.tag} could not be fetched from {cfg.url or cfg.hf_hub_id}: "
+            f"{error}. "
             f"{_pass_file('Fetch the file otherwise')}"
         ) from error
     name = f"{variant}.{cfg.tag}" if cfg.tag else variant
@@ -124,7 +127,7 @@ def _pass_file(start: str) -> str:
 
 
 def _exact(filter_fn: Filter, variant: str, cfg: PretrainedCfg) -> Filter:
-    """Wrap a family's filter so that weights of another variant are refused with the name of the one they fit."""
+    """Wrap a family's filter: weights of another variant are refused with the name of the one they fit."""
 
     def filter_and_check(state_dict: StateDict, model: nn.Module) -> StateDict:
         source = dict(state_dict)
@@ -147,7 +150,7 @@ def _exact(filter_fn: Filter, variant: str, cfg: PretrainedCfg) -> Filter:
 
 
 def _lines(weights: StateDict, model: nn.Module, cfg: PretrainedCfg) -> list[str]:
-    """Return what does not fit, leaving to timm what timm adapts: the classifier and the first convolution."""
+    """Return what does not fit, the classifier and the first convolution excepted: timm adapts those."""
     adapted = tuple(
         f"{name}."
         for names in (cfg.classifier, cfg.first_conv)
@@ -162,7 +165,7 @@ def _lines(weights: StateDict, model: nn.Module, cfg: PretrainedCfg) -> list[str
 
 
 def _variants_that_fit(state_dict: StateDict, tried: str) -> list[str]:
-    """Return the models of ours, same family first, whose table the weights fit; models are built without memory."""
+    """Return the models of ours, same family first, that the weights fit; they are built without memory."""
     family = registry.family_of(tried)
     ours = [f for f in registry.families() if f.origin == "vitzoo"]
     ours.sort(key=lambda f: f is not family)
