@@ -1,24 +1,23 @@
 """Read the authors' checkpoint files exactly as published, without ever running what a pickle asks for.
 
 `.pth` files carry training state beside the weights: an `argparse.Namespace`, a yacs or OmegaConf config, an
-optimizer. torch's `weights_only` reader refuses such files as a whole. Here every class that a file names and
-torch does not know is replaced by an inert stand-in, which keeps arguments and does nothing; a file that
-names something able to act (`os.system`, `eval`, ...) is refused outright. This file imports nothing of
-vitzoo.
+optimizer. torch's `weights_only` reader refuses such files as a whole. It is used here all the same: every
+class that a file names and torch does not know is replaced by an inert stand-in, which keeps arguments and
+does nothing; a file that names something able to act (`os.system`, `eval`, ...) is refused outright. This
+file imports nothing of vitzoo.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
@@ -59,11 +58,18 @@ class Checkpoint:
     path: Path
 
 
-class _Inert:
-    """Stands in for a class of the file: accepts whatever the pickle hands it, does nothing with it."""
+class _Record:
+    """Stands in for a class of the file: making one gives an empty OrderedDict.
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
+    torch's reader lets OrderedDicts take both items (yacs configs are dicts) and attributes (namespaces).
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return collections.OrderedDict()
+
+
+class _Opaque:
+    """Stands in for a class whose state is no dict (one with slots, say): accepts it and keeps nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -71,22 +77,15 @@ class _Inert:
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
 
-    def append(self, value: Any) -> None:
-        """Ignore an element of a list-like class."""
-
-    def extend(self, values: Any) -> None:
-        """Ignore elements of a list-like class."""
-
-
-_HARMLESS: dict[str, Any] = {
-    "argparse.Namespace": argparse.Namespace,
-    "collections.OrderedDict": collections.OrderedDict,
-    "collections.defaultdict": collections.defaultdict,
-    "collections.Counter": collections.Counter,
-}
+def _harmless() -> dict[str, Any]:
+    """Return what is read for what it is: the NumPy scalars that training loops leave in their files."""
+    scalar, reconstruct = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    named: dict[str, Any] = {"numpy.dtype": np.dtype, "numpy.ndarray": np.ndarray}
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        named[f"{module}.scalar"], named[f"{module}._reconstruct"] = scalar, reconstruct
+    kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__]
+    return named | {f"numpy.dtypes.{kind.__name__}": kind for kind in kinds}
 
 
 def _pickles(path: Path) -> Iterator[IO[bytes]]:
@@ -119,12 +118,12 @@ def _globals(path: Path) -> set[str]:
     return found
 
 
-def _stand_ins(path: Path) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+def _allowed(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the harmless globals and the names of the file's unknown ones; raise if one could act."""
     try:
         names = _globals(path)
     except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
         raise CheckpointError(_damaged(path, error)) from error
-    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
     for name in sorted(names):
         module, _, attribute = name.rpartition(".")
         root = module.split(".")[0]
@@ -133,10 +132,25 @@ def _stand_ins(path: Path) -> list[Callable[..., Any] | tuple[Callable[..., Any]
                 f"{path} was refused: its pickle asks for {name}, which weights never need; nothing was run. "
                 "Get the file again from its authors."
             )
-        if root in _BUILTINS or name in _get_allowed_globals():
-            continue
-        allowed.append((_HARMLESS.get(name) or type(attribute, (_Inert,), {"__module__": module}), name))
-    return allowed
+    harmless = _harmless() if any(name.startswith("numpy.") for name in names) else {}
+    return harmless, sorted(names - set(_get_allowed_globals()) - set(harmless))
+
+
+def _load(path: Path) -> Any:
+    harmless, unknown = _allowed(path)
+    attempts: tuple[type, ...] = (_Record, _Opaque) if unknown else (_Record,)
+    for attempt, base in enumerate(attempts, 1):
+        classes: list[tuple[Any, str]] = [(value, name) for name, value in harmless.items()]
+        for name in unknown:
+            module, _, attribute = name.rpartition(".")
+            classes.append((type(attribute, (base,), {"__module__": module}), name))
+        try:
+            with torch.serialization.safe_globals([*classes]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can make the reader raise nearly anything
+            if attempt == len(attempts):
+                raise CheckpointError(_damaged(path, error)) from error
+    raise AssertionError("unreachable")
 
 
 def _damaged(path: Path, error: Exception) -> str:
@@ -171,17 +185,7 @@ def read_file(path: str | Path) -> Any:
             return load_file(path)
         except SafetensorError as error:
             raise CheckpointError(_damaged(path, error)) from error
-    with torch.serialization.safe_globals(_stand_ins(path)):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except UnpicklingError as error:
-            if "GLOBAL" in str(error) or "Unsupported" in str(error):
-                raise CheckpointError(
-                    f"{path} was refused: {str(error).splitlines()[0][:300]} Nothing in it was run."
-                ) from error
-            raise CheckpointError(_damaged(path, error)) from error
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
-            raise CheckpointError(_damaged(path, error)) from error
+    return _load(path)
 
 
 def _is_state_dict(value: Any) -> bool:
