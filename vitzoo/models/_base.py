@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.layers import get_device_dtype, to_2tuple
-from timm.models import checkpoint, feature_take_indices
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
