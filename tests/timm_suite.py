@@ -1,7 +1,7 @@
 """Run timm's own tests/test_models.py on every model of ours (`make test-timm`, `ALL=1` for every variant).
 
-The tests come with timm's source distribution, which pip downloads at the version installed here. They list models at
-import time, so this file is also a pytest plugin, given by `-p`: it makes `list_models` list ours instead.
+The tests come with timm's source distribution, which pip downloads at the version installed here. They list
+models at import time, so this file is also a pytest plugin, given by `-p`: it makes `list_models` list ours.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import timm
 
 import vitzoo
 
-# Token models, in timm's sense: forward_features gives tokens, not a map. timm lists its own ViTs and Twins likewise.
+# Token models, in timm's sense: forward_features gives tokens. timm lists its own ViTs and Twins likewise.
 TOKEN_MODELS = ("vim_*", "evit_*", "cvt_*")
 
 # (test, model pattern, reason). Everything else must pass.
@@ -30,7 +30,7 @@ LEFT_OUT = (
     (
         "test_model_forward_torchscript",
         "*",
-        "torch.jit.script is deprecated since torch 2.11 and does not compile the contract's generic base class",
+        "torch.jit.script is deprecated since torch 2.11 and cannot compile the generic base class",
     ),
     ("test_model_load_pretrained", "*", "downloads weights"),
     ("test_model_features_pretrained", "*", "downloads weights"),
@@ -63,7 +63,7 @@ _timm_list_models = timm.list_models
 
 
 def list_models(filter: Any = "", module: Any = "", exclude_filters: Any = "", **kwargs: Any) -> list[str]:
-    """Answer as timm.list_models would if only our models were registered and ours of tokens were non-standard."""
+    """Answer as timm.list_models would if only our models were registered."""
     filters, excluded = _as_list(filter), _as_list(exclude_filters)
     # timm's list of non-standard models is recognised by one of its entries
     if "naflexvit*" in filters:
