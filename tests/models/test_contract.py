@@ -1,4 +1,4 @@
-"""What every model of ours keeps, walked over the registry. timm's own suite (`make test-timm`) checks the rest."""
+"""What every model of ours keeps, walked over the registry; timm's own suite checks the rest."""
 
 from __future__ import annotations
 
