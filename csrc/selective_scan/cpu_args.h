@@ -1,0 +1,59 @@
+// What cpu.cpp hands to the kernels of each instruction set; plain data.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/view.h"
+
+namespace vitzoo {
+
+// Tensors by pointer are contiguous and of the compute type T: float, or double where u is double.
+struct SelectiveScanArgs {
+  int64_t batch, dim, seqlen, dstate;
+  int64_t groups;          // of channels that share B and C; 1 where both are constant
+  int64_t group_channels;  // dim / groups
+  int64_t parts;           // pieces of a group, one work item each per image
+  int64_t part_channels;   // channels of a piece (the last may be shorter), so that piece p starts at p * part_channels
+  bool delta_softplus;
+  bool constant_b, constant_c;
+  View u, delta, z, out;  // (batch, dim, seqlen)
+  const void* a;          // (dim, dstate)
+  const void* b;          // (batch, groups, dstate, seqlen), or (dim, dstate) where constant
+  const void* c;          // likewise
+  const void* d;          // (dim), or null
+  const void* delta_bias;  // (dim), or null
+  void* last_state;       // (batch, dim, dstate)
+
+  // The rest belongs to the backward pass.
+  View dout, du, ddelta, dz;
+  const void* dlast_state;  // (batch, dim, dstate), or null
+  void* da;                 // (batch, dim, dstate): sums over tokens, still to be added up over the batch
+  void* db;                 // (batch, parts, groups, dstate, seqlen), or (batch, dim, dstate) where constant
+  void* dc;                 // likewise
+  void* dd;                 // (batch, dim), or null
+  void* ddelta_bias;        // (batch, dim), or null
+};
+
+// One pass over work items [begin, end) of batch * groups * parts.
+using SelectiveScanPass = void (*)(const SelectiveScanArgs& args, int64_t begin, int64_t end, void* scratch);
+
+struct SelectiveScanKernels {
+  SelectiveScanPass forward_f32, forward_f64, backward_f32, backward_f64;
+};
+
+extern const SelectiveScanKernels selective_scan_baseline, selective_scan_avx2, selective_scan_avx512;
+
+constexpr int64_t kForwardTokens = 64;    // tokens a forward pass keeps in L1 for one tile of channels
+constexpr int64_t kBackwardTokens = 256;  // tokens whose states a backward pass keeps at once
+
+// Bytes a thread needs, for the widest vectors (64 bytes).
+inline size_t selective_scan_forward_scratch(int64_t dstate) {
+  return 64 * (4 * size_t(kForwardTokens) + 2 * size_t(dstate));
+}
+inline size_t selective_scan_backward_scratch(int64_t dstate, int64_t seqlen) {
+  const size_t chunks = size_t(seqlen + kBackwardTokens - 1) / size_t(kBackwardTokens);
+  return 64 * (12 * size_t(kBackwardTokens + 1) + (7 + chunks) * size_t(dstate));
+}
+
+}  // namespace vitzoo

@@ -1,0 +1,168 @@
+"""Selective scan on the CPU in C++ (csrc/selective_scan): brings the arguments to the form the kernels take.
+
+u, delta, z and dout go as they are, in their dtype and with their strides; the small tensors go in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitzoo.kernels.common import native
+from vitzoo.kernels.selective_scan.reference import compute_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Channels that one work item of the forward pass takes: a multiple of every vector width.
+TILE = 16
+# Work items that the backward pass aims at. Each has its own sums of dB and dC over its channels, added up in a fixed
+# order afterwards: the result does not depend on the number of threads.
+BACKWARD_ITEMS = 64
+
+
+def why_not(u: Tensor | None = None, *args: Any) -> str | None:
+    """Return why the C++ kernels cannot take a call, or None."""
+    if u is not None:
+        if u.device.type != "cpu":
+            return f"it runs on the CPU only and u is on {u.device}"
+        if u.dtype not in DTYPES:
+            return f"u is {u.dtype}, not float32, float64, bfloat16 or float16"
+    return native.why_not()
+
+
+def _rows(matrix: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Return B or C as (B, groups, N, L) or, constant, as (D, N); contiguous, in the compute dtype."""
+    matrix = matrix.to(dtype)
+    if matrix.ndim == 3:
+        matrix = matrix.unsqueeze(1)
+    if matrix.ndim == 4 and matrix.shape[1] != groups:
+        matrix = matrix.repeat_interleave(groups // matrix.shape[1], dim=1)
+    return matrix.contiguous()
+
+
+def _groups(matrix: Tensor) -> int:
+    return matrix.shape[1] if matrix.ndim == 4 else 1
+
+
+def _inputs(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> tuple[Any, ...]:
+    dtype = compute_dtype(u)
+    groups = math.lcm(_groups(B), _groups(C))
+
+    def wide_as_u(x: Tensor | None) -> Tensor | None:
+        mixed = x is not None and (x.dtype == torch.float64) != (dtype == torch.float64)
+        return x.to(dtype) if x is not None and mixed else x
+
+    def small(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(dtype).contiguous()
+
+    return (
+        u,
+        wide_as_u(delta),
+        small(A),
+        _rows(B, groups, dtype),
+        _rows(C, groups, dtype),
+        small(D),
+        wide_as_u(z),
+        small(delta_bias),
+    )
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return (out, last_state)."""
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias)
+    out = torch.empty(u.shape, dtype=u.dtype)
+    last_state = torch.empty((u.shape[0], u.shape[1], A.shape[1]), dtype=compute_dtype(u))
+    torch.ops.vitzoo_native.selective_scan_fwd(*inputs, delta_softplus, TILE, out, last_state)
+    return out, last_state
+
+
+def _part_channels(batch: int, groups: int, channels: int) -> int:
+    tiles = -(-channels // TILE)
+    parts = min(tiles, max(1, -(-BACKWARD_ITEMS // (batch * groups))))
+    return -(-tiles // parts) * TILE
+
+
+def _fold(partial: Tensor, matrix: Tensor) -> Tensor:
+    """Add up the partial sums of dB or dC and bring them to the form of B or C."""
+    if matrix.ndim == 2:
+        return partial.sum(0)
+    total = partial.sum(1)  # (B, groups, N, L)
+    if total.shape[1] != _groups(matrix):
+        total = total.unflatten(1, (_groups(matrix), -1)).sum(2)
+    return total.squeeze(1) if matrix.ndim == 3 else total
+
+
+def backward(
+    dout: Tensor,
+    dlast: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of u, delta, A, B, C, D, z and delta_bias; None for absent inputs."""
+    dtype = compute_dtype(u)
+    inputs = _inputs(u, delta, A, B, C, D, z, delta_bias)
+    batch, dim, seqlen = u.shape
+    rows = [m for m in inputs[3:5] if m.ndim == 4]
+    groups = rows[0].shape[1] if rows else 1
+    part_channels = _part_channels(batch, groups, dim // groups)
+    parts = -(-(dim // groups) // part_channels)
+
+    def partial(matrix: Tensor) -> Tensor:
+        shape = (batch, dim, A.shape[1]) if matrix.ndim == 2 else (batch, parts, groups, A.shape[1], seqlen)
+        return torch.empty(shape, dtype=dtype)
+
+    def like(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.empty(x.shape, dtype=x.dtype)
+
+    def by_channel(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.empty((batch, dim), dtype=dtype)
+
+    du, ddelta, dz = like(u), like(inputs[1]), like(inputs[6])
+    dA, dB, dC = torch.empty((batch, dim, A.shape[1]), dtype=dtype), partial(B), partial(C)
+    dD, ddelta_bias = by_channel(D), by_channel(delta_bias)
+    torch.ops.vitzoo_native.selective_scan_bwd(
+        dout if dout.dtype == u.dtype else dout.to(u.dtype),
+        None if dlast is None else dlast.to(dtype).contiguous(),
+        *inputs,
+        delta_softplus,
+        part_channels,
+        *(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias),
+    )
+    return (
+        du,
+        ddelta,
+        dA.sum(0),
+        _fold(dB, B),
+        _fold(dC, C),
+        None if dD is None else dD.sum(0),
+        dz,
+        None if ddelta_bias is None else ddelta_bias.sum(0),
+    )
