@@ -1,0 +1,191 @@
+"""Time every operator's backends against its plain PyTorch reference, interleaved in one run.
+
+    python benchmarks/run_kernels.py --threads 2 --output benchmarks/results/kernels.json
+
+A shape is timed only after its output and gradients have been compared with the float64 reference. The baseline of the
+backward pass is autograd through the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+import vitzoo
+from vitzoo.kernels.common import native
+from vitzoo.kernels.common.backends import operators, use_backend
+from vitzoo.testing import assert_close_to_reference
+
+# As in tests/kernels: what a result may add to twice the reference's own error.
+FLOORS = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader needs to repeat the measurement."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = dict(line.split(":", 1) for line in lines if ":" in line)
+    cpu = {key.strip(): value.strip() for key, value in cpu.items()}
+    flags = cpu.get("flags", "").split()
+    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_tile")
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return {
+        "cpu": cpu.get("model name", platform.processor()),
+        "cpu_flags": [flag for flag in wanted if flag in flags],
+        "isa": native.cpu_isa(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "vitzoo": vitzoo.__version__,
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def with_gradients(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return fresh leaves of the floating-point tensors that require a gradient."""
+    return {
+        key: value.detach().clone().requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for key, value in inputs.items()
+    }
+
+
+def run(function: Callable[..., Any], inputs: dict[str, Any]) -> list[Tensor]:
+    """Return output and every gradient of `output.sum()`."""
+    inputs = with_gradients(inputs)
+    out = function(**inputs)
+    out = out[0] if isinstance(out, tuple) else out
+    out.double().sum().backward()
+    return [out.detach(), *(x.grad for x in inputs.values() if isinstance(x, Tensor))]
+
+
+def check(reference: Callable[..., Any], function: Callable[..., Any], inputs: dict[str, Any]) -> None:
+    """Raise AssertionError unless output and gradients are as right as the reference's."""
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    dtype = next(v.dtype for v in inputs.values() if isinstance(v, Tensor))
+    names = ["output", *(k for k, v in inputs.items() if isinstance(v, Tensor))]
+    results = run(function, inputs), run(reference, inputs), run(reference, wide)
+    for name, ours, theirs, exact in zip(names, *results, strict=True):
+        assert_close_to_reference(ours, theirs, exact, FLOORS[dtype], name)
+
+
+def forward_call(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], Any]:
+    """Return a call of the forward pass alone."""
+
+    def call() -> None:
+        with torch.no_grad():
+            function(**inputs)
+
+    return call
+
+
+def train_call(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], Any]:
+    """Return a call of the forward and backward pass, all gradients."""
+    leaves = with_gradients(inputs)
+    wanted = [x for x in leaves.values() if isinstance(x, Tensor)]
+
+    def call() -> None:
+        out = function(**leaves)
+        out = out[0] if isinstance(out, tuple) else out
+        torch.autograd.grad(out, wanted, torch.ones_like(out))
+
+    return call
+
+
+def interleave(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Return median, quartiles and minimum in ms of each call, run in turns after two warm-up turns.
+
+    A fast call repeats within its turn until it has run for 50 ms, so that both kinds see the same machine.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            while True:
+                before = time.perf_counter()
+                call()
+                after = time.perf_counter()
+                if turn >= 2:
+                    times[name].append(1e3 * (after - before))
+                if after - start > 0.05:
+                    break
+    out = {}
+    for name, values in times.items():
+        q1, median, q3 = statistics.quantiles(values, n=4)
+        out[name] = {"median_ms": median, "q1_ms": q1, "q3_ms": q3, "min_ms": min(values), "runs": len(values)}
+    return out
+
+
+def measure(name: str, label: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """Check and time one operator at one shape with every backend that runs here."""
+    folder = f"vitzoo.kernels.{name}"
+    inputs_module = importlib.import_module(f"{folder}.inputs")
+    reference = getattr(importlib.import_module(f"{folder}.reference"), f"{name}_reference")
+    function = getattr(vitzoo.kernels, name)
+    inputs = inputs_module.make_inputs(inputs_module.MODEL_SHAPES[label], dtype)
+    rows = []
+    for backend in operators[name].backends:
+        if backend.name == "reference" or backend.why_not() is not None:
+            continue
+
+        def ours(backend: str = backend.name, **kwargs: Any) -> Any:
+            with use_backend(backend):
+                return function(**kwargs)
+
+        check(reference, ours, inputs)
+        for kind, make in (("forward", forward_call), ("forward+backward", train_call)):
+            calls = {backend.name: make(ours, inputs), "reference": make(reference, inputs)}
+            times = interleave(calls, rounds)
+            ratio = times["reference"]["median_ms"] / times[backend.name]["median_ms"]
+            row = {"operator": name, "shape": label, "sizes": vars(inputs_module.MODEL_SHAPES[label])}
+            row |= {"dtype": str(dtype).removeprefix("torch."), "pass": kind, "backend": backend.name}
+            rows.append(row | {"baseline": "reference", "ratio": ratio, "times": times})
+            print(
+                f"{name:16} {label:20} {row['dtype']:9} {kind:17} {backend.name:5} "
+                f"{times[backend.name]['median_ms']:9.2f} ms, reference {times['reference']['median_ms']:9.2f} ms, "
+                f"{ratio:5.1f}x",
+                file=sys.stderr,
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operator", action="append", help="default: every operator")
+    parser.add_argument("--shape", action="append", help="default: every shape of the operator's MODEL_SHAPES")
+    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="JSON file; default: none")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for name in args.operator or sorted(operators):
+        shapes = importlib.import_module(f"vitzoo.kernels.{name}.inputs").MODEL_SHAPES
+        for label in args.shape or shapes:
+            for dtype in args.dtype or ["float32"]:
+                rows += measure(name, label, getattr(torch, dtype), args.rounds)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
