@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, model_entrypoint
 from timm.models._builder import resolve_pretrained_cfg
+from timm.models._features import FeatureGetterNet
 from timm.models._hub import download_cached_file
 from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
@@ -171,6 +172,8 @@ def _variants_that_fit(state_dict: StateDict, tried: str) -> list[str]:
     ours.sort(key=lambda f: f is not family)
     for candidate in ours:
         names = [n for n in candidate.models if n != tried and _fits(n, state_dict)]
+        # the arguments of a checkpoint can change shapes too
+        names = names or [n for n, tag in candidate.tags.items() if tag.args and _fits(n, state_dict)]
         if names:
             return names
     return []
@@ -181,9 +184,11 @@ def _fits(name: str, state_dict: StateDict) -> bool:
 
     entry = model_entrypoint(name)
     filter_fn = sys.modules[entry.__module__].checkpoint_filter_fn
-    cfg = next(iter(get_arch_pretrained_cfgs(name).values()))
+    cfg = next(iter(get_arch_pretrained_cfgs(name.split(".")[0]).values()))
     with torch.device("meta"):
-        model = entry(pretrained=False)
+        model = entry(pretrained=False, **registry.tag_info(name).args)
+    if isinstance(model, FeatureGetterNet):
+        model = model.model
     try:
         weights = filter_fn({k: v.to("meta") for k, v in state_dict.items()}, model)
     except (KeyError, ValueError, RuntimeError):

@@ -1,0 +1,185 @@
+"""Attention layers.
+
+Legend: B batch, C channels, H W height and width of the map, L tokens, s window size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from timm.layers import register_notrace_module, use_fused_attn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@register_notrace_module
+class HiLo(nn.Module):
+    """Attend to high and low frequencies in separate groups of heads.
+
+    The Hi-Fi heads attend within s x s windows. The Lo-Fi heads let every position attend to the s x s
+    averages of the whole map. Their results are concatenated on channels, Hi-Fi first, without a further
+    projection.
+
+    Maps that the window does not divide are zero-padded right and bottom and the result is cropped, as in the
+    authors' dense-prediction code: padded positions are not masked, they take part through the bias of their
+    projections and as zeros in the averages. (The authors' classification module fails on such maps, or
+    floors them where alpha is 1.)
+
+    Args:
+        dim: channels C.
+        num_heads: heads of both kinds together; head_dim is dim / num_heads.
+        window_size: s. With 1 every head is a Lo-Fi head, which is plain attention, whatever alpha is.
+        alpha: share of Lo-Fi heads, truncated to `int(num_heads * alpha)`. Parameters exist for present heads
+            only.
+        qkv_bias: give the query, key and value projections a bias.
+
+    Attributes:
+        l_heads, h_heads: number of Lo-Fi and Hi-Fi heads.
+        l_dim, h_dim: their channels.
+
+    Raises:
+        ValueError: `dim` is not a multiple of `num_heads`, `window_size` is below 1, or `alpha` outside [0,
+            1].
+
+    Source: Pan et al., Fast Vision Transformers with HiLo Attention, arXiv 2205.13213, section 3.3;
+        https://github.com/ziplab/LITv2 at 7501c8662991cad6db780b61fac0886b56a76588.
+    """
+
+    fused_attn: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        window_size: int = 2,
+        alpha: float = 0.5,
+        qkv_bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        if window_size < 1:
+            raise ValueError(f"window_size {window_size} is below 1; 1 is plain attention")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha {alpha} is not a share of heads, expected 0 to 1")
+        dd = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.alpha = alpha
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.fused_attn = use_fused_attn()
+        self.l_heads = num_heads if window_size == 1 else int(num_heads * alpha)
+        self.h_heads = num_heads - self.l_heads
+        self.l_dim = self.l_heads * self.head_dim
+        self.h_dim = self.h_heads * self.head_dim
+        if self.l_heads:
+            self.l_q = nn.Linear(dim, self.l_dim, bias=qkv_bias, **dd)
+            self.l_kv = nn.Linear(dim, 2 * self.l_dim, bias=qkv_bias, **dd)
+            self.l_proj = nn.Linear(self.l_dim, self.l_dim, **dd)
+        if self.h_heads:
+            self.h_qkv = nn.Linear(dim, 3 * self.h_dim, bias=qkv_bias, **dd)
+            self.h_proj = nn.Linear(self.h_dim, self.h_dim, **dd)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Attend.
+
+        Args:
+            x: tokens of a map in row-major order, (B, H*W, C).
+            size: (H, W).
+
+        Returns:
+            (B, H*W, C), channels of the Hi-Fi heads first.
+
+        Raises:
+            ValueError: H*W is not the number of tokens.
+        """
+        height, width = size
+        if height * width != x.shape[1]:
+            raise ValueError(
+                f"x has {x.shape[1]} tokens, a {height}x{width} map has {height * width}: "
+                "pass the map's (H, W)"
+            )
+        x = self._padded(x.unflatten(1, (height, width)))
+        if not self.h_heads:
+            x = self._lofi(x)
+        elif not self.l_heads:
+            x = self._hifi(x)
+        else:
+            x = torch.cat((self._hifi(x), self._lofi(x)), dim=-1)
+        return x[:, :height, :width].flatten(1, 2)
+
+    def hifi(self, x: Tensor) -> Tensor:
+        """Return the high-frequency branch alone.
+
+        Args:
+            x: map, (B, H, W, C).
+
+        Returns:
+            (B, H, W, h_dim): the first h_dim channels of what `forward` gives.
+
+        Raises:
+            ValueError: there are no Hi-Fi heads.
+        """
+        if not self.h_heads:
+            raise ValueError(f"no Hi-Fi heads: alpha is {self.alpha} and window_size {self.window_size}")
+        return self._hifi(self._padded(x))[:, : x.shape[1], : x.shape[2]]
+
+    def lofi(self, x: Tensor) -> Tensor:
+        """Return the low-frequency branch alone.
+
+        Args:
+            x: map, (B, H, W, C).
+
+        Returns:
+            (B, H, W, l_dim): the last l_dim channels of what `forward` gives.
+
+        Raises:
+            ValueError: there are no Lo-Fi heads.
+        """
+        if not self.l_heads:
+            raise ValueError(f"no Lo-Fi heads: alpha {self.alpha} of {self.num_heads} heads truncates to 0")
+        return self._lofi(self._padded(x))[:, : x.shape[1], : x.shape[2]]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        below, right = -x.shape[1] % self.window_size, -x.shape[2] % self.window_size
+        return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+
+    def _hifi(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        s = self.window_size
+        rows, cols = height // s, width // s
+        qkv = self.h_qkv(x).unflatten(-1, (3, self.h_heads, self.head_dim))
+        qkv = qkv.unflatten(1, (rows, s)).unflatten(3, (cols, s))  # (B, rows, s, cols, s, 3, heads, head_dim)
+        qkv = (
+            qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(1, 3)
+        )  # (3, B*rows*cols, heads, s*s, head_dim)
+        x = self._attend(*qkv.unbind(0))  # (B*rows*cols, heads, s*s, head_dim)
+        x = x.unflatten(2, (s, s)).unflatten(0, (-1, rows, cols))
+        x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, self.h_dim)
+        return self.h_proj(x)
+
+    def _lofi(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        q = self.l_q(x).flatten(1, 2).unflatten(-1, (self.l_heads, self.head_dim)).transpose(1, 2)
+        if self.window_size > 1:
+            # the permuted view is a channels-last map, which the pooling takes as it is
+            x = F.avg_pool2d(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
+        kv = self.l_kv(x).flatten(1, 2).unflatten(-1, (2, self.l_heads, self.head_dim))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L / s**2, head_dim)
+        x = self._attend(q, k, v).transpose(1, 2).flatten(2)  # (B, L, l_dim)
+        return self.l_proj(x).unflatten(1, (height, width))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.fused_attn:
+            return F.scaled_dot_product_attention(q, k, v)
+        attn = (q * self.scale) @ k.transpose(-2, -1)
+        return attn.softmax(dim=-1) @ v
+
+    def extra_repr(self) -> str:
+        """Say how the heads are shared out."""
+        return f"h_heads={self.h_heads}, l_heads={self.l_heads}, window_size={self.window_size}"
