@@ -7,6 +7,9 @@ c8cd2ef40b435d9615c790b2461694ba89a36be4.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
@@ -117,3 +120,33 @@ def circular_pad_tokens(x: Tensor, size: tuple[int, int]) -> Tensor:
     cols = torch.arange(-1, width + 1, device=x.device) % width
     y = x.index_select(1, (rows[:, None] * width + cols).flatten())
     return y.unflatten(1, (height + 2, width + 2)).permute(0, 3, 1, 2)
+
+
+@register_notrace_function
+def square_side(x: Tensor) -> int:
+    """Return the side of the square map whose tokens are x (B, L, C).
+
+    Raises:
+        ValueError: L is not a square.
+    """
+    side = math.isqrt(int(x.shape[1]))
+    if side * side != x.shape[1]:
+        raise ValueError(f"{x.shape[1]} tokens are no square map")
+    return side
+
+
+@register_notrace_function
+def check_square(size: Sequence[int], unit: int, what: str) -> None:
+    """Require a square size that is a multiple of `unit`.
+
+    Args:
+        size: (H, W).
+        unit: what the side must be a multiple of.
+        what: name of the value, for the message.
+
+    Raises:
+        ValueError: another size; the message names it and what is allowed.
+    """
+    height, width = size
+    if height != width or height < unit or height % unit:
+        raise ValueError(f"{what} {height}x{width} is not a square whose side is a multiple of {unit}")

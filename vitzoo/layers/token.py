@@ -1,0 +1,206 @@
+"""Token reorganization: score tokens by the class token's attention, keep the best, fuse the rest, map back.
+
+Legend: B batch, C channels, L tokens (class token in front included), K tokens kept, P patches of the input
+grid.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from torch import Tensor
+from torch.nn import functional as F
+
+FUSED = -1
+
+
+def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """Return the attention that the class token pays to every other token, averaged over heads.
+
+    Only the class token's row of the attention matrix is formed. The class token's own column is left out and
+    the rest is not normalised again, so a row sums to less than 1.
+
+    Args:
+        q: queries, (B, heads, L, head_dim), class token first.
+        k: keys, likewise.
+        scale: factor of the products, head_dim ** -0.5 if None.
+
+    Returns:
+        (B, L - 1), float32 for half-precision inputs, otherwise of their dtype.
+
+    Source: Liang et al., EViT, arXiv 2202.07800, equation 3 and section 3.2.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    row = (q[:, :, :1] * scale) @ k.transpose(-2, -1)  # (B, heads, 1, L)
+    row = row.to(torch.promote_types(row.dtype, torch.float32)).softmax(dim=-1)
+    return row[:, :, 0, 1:].mean(dim=1)
+
+
+def attention_with_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    fused: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Attend, and return the class token's attention beside the output, without keeping the attention matrix.
+
+    Args:
+        q: queries, (B, heads, L, head_dim), class token first.
+        k: keys, likewise.
+        v: values, likewise.
+        scale: factor of the products, head_dim ** -0.5 if None.
+        dropout_p: probability that an attention weight is dropped; the scores are taken before dropout.
+        fused: use PyTorch's fused attention; if not, the matrix is formed (for exporters that need it).
+
+    Returns:
+        The attention's output, (B, heads, L, head_dim), and the scores of `class_attention`, (B, L - 1).
+    """
+    if fused:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    else:
+        attn = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+        out = F.dropout(attn.softmax(dim=-1), dropout_p, training=dropout_p > 0.0) @ v
+    return out, class_attention(q, k, scale)
+
+
+def keep_count(rate: float, count: int) -> int:
+    """Return how many of `count` tokens a keep rate keeps: rate * count in double precision, rounded up."""
+    return math.ceil(rate * count)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Select rows `index` (B, K) of `x` (B, L, C); (B, K, C). Copies whole rows, which gather does not."""
+    batch, length, channels = x.shape
+    flat = index + torch.arange(0, batch * length, length, device=x.device).unsqueeze(1)
+    return x.reshape(-1, channels).index_select(0, flat.reshape(-1)).view(batch, -1, channels)
+
+
+def reorganize_tokens(x: Tensor, scores: Tensor, keep: int, fuse: bool = False) -> tuple[Tensor, Tensor]:
+    """Keep the class token and the tokens with the highest scores.
+
+    Args:
+        x: tokens, (B, L, C), class token first.
+        scores: one for each token but the class token, (B, L - 1).
+        keep: K, how many to keep besides the class token.
+        fuse: append the sum over the dropped tokens of score * token, if any was dropped. The scores are not
+            normalised, so this token is small.
+
+    Returns:
+        The tokens, (B, 1 + K, C) or with the fused one (B, 2 + K, C): class token, kept tokens by falling
+        score, fused token. And which were kept, (B, K), int64, counted without the class token.
+
+    Raises:
+        ValueError: `keep` is not in 1 .. L - 1, or the scores do not fit the tokens.
+
+    Source: Liang et al., EViT, arXiv 2202.07800, section 3.2, equation 4.
+    """
+    count = x.shape[1] - 1
+    if scores.shape[1] != count:
+        raise ValueError(
+            f"scores have {scores.shape[1]} entries, {count} tokens besides the class token need {count}"
+        )
+    if not 1 <= keep <= count:
+        raise ValueError(f"keep {keep} is not in 1 .. {count}, the number of tokens besides the class token")
+    index = scores.topk(keep, dim=1).indices
+    kept = _rows(x, F.pad(index + 1, (1, 0)))  # row 0 is the class token
+    if not fuse or keep == count:
+        return kept, index
+    # a product and a sum, not a batched matmul: with that the exporter fixes the batch size at 1
+    rest = scores.scatter(1, index, 0.0).unsqueeze(-1)
+    fused = (rest * x[:, 1:]).sum(dim=1, keepdim=True)
+    return torch.cat([kept, fused.to(x.dtype)], dim=1), index
+
+
+def track_patches(patches: Tensor | None, index: Tensor, fused: bool) -> Tensor:
+    """Follow which patch of the input grid each token stands for through one reorganization.
+
+    Args:
+        patches: patch numbers before it, (B, L - 1), `FUSED` (-1) for a fused token; None if none was dropped
+            yet.
+        index: which tokens were kept, (B, K), from `reorganize_tokens`.
+        fused: a fused token was appended.
+
+    Returns:
+        Patch numbers after it, (B, K) or (B, K + 1), int64.
+    """
+    patches = index if patches is None else patches.gather(1, index)
+    return F.pad(patches, (0, 1), value=FUSED) if fused else patches
+
+
+def scatter_tokens(tokens: Tensor, patches: Tensor | None, num_patches: int) -> Tensor:
+    """Put tokens back at the slots of their patches; zeros elsewhere, fused tokens are left out.
+
+    Args:
+        tokens: without the class token, (B, T, C).
+        patches: their patch numbers, (B, T), from `track_patches`; None if they are the whole grid in order.
+        num_patches: P.
+
+    Returns:
+        (B, P, C).
+    """
+    if patches is None:
+        return tokens
+    batch, _, channels = tokens.shape
+    # fused tokens go to a slot behind the grid that is cut off
+    slots = torch.where(patches < 0, num_patches, patches)
+    flat = slots + torch.arange(
+        0, batch * (num_patches + 1), num_patches + 1, device=tokens.device
+    ).unsqueeze(1)
+    grid = tokens.new_zeros(batch * (num_patches + 1), channels)
+    grid = grid.index_put((flat.reshape(-1),), tokens.reshape(-1, channels))
+    return grid.view(batch, num_patches + 1, channels)[:, :num_patches]
+
+
+def patch_mask(patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Return which patches of the input grid are among `patches`, to draw what a pruning stage kept.
+
+    Args:
+        patches: patch numbers, (B, K), negative ones (fused tokens) stand for no patch.
+        grid_size: height and width of the grid.
+
+    Returns:
+        (B, height, width), bool.
+    """
+    count = grid_size[0] * grid_size[1]
+    mask = patches.new_zeros(patches.shape[0], count + 1, dtype=torch.bool)
+    slots = torch.where(patches < 0, count, patches)
+    return mask.scatter(1, slots, True)[:, :count].unflatten(1, grid_size)
+
+
+class ScoredAttention(Attention):
+    """timm's attention, which hands out the class token's attention on request."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        return_scores: bool = False,
+    ) -> Any:
+        """Attend.
+
+        Args:
+            x: tokens, (B, L, C), class token first.
+            attn_mask: as in timm; not together with `return_scores`.
+            is_causal: likewise.
+            return_scores: return the scores too.
+
+        Returns:
+            (B, L, C), or that and the scores of `class_attention`, (B, L - 1).
+        """
+        if not return_scores:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        out, scores = attention_with_scores(
+            self.q_norm(q), self.k_norm(k), v, self.scale, dropout_p, self.fused_attn
+        )
+        out = out.transpose(1, 2).reshape(batch, length, self.attn_dim)
+        return self.proj_drop(self.proj(self.norm(out))), scores
