@@ -64,11 +64,9 @@ def test_tags_are_registered_and_set_their_arguments(name: str) -> None:
     tag = vitzoo.registry.tag_info(name)
     cfg = timm.models.get_arch_pretrained_cfgs(name.split(".")[0])[name]
     assert (tag.get is None) == bool(cfg.has_weights), "either code or a person can fetch the file"
-    model = _meta(name)
-    for key, value in tag.args.items():
-        assert model._model_args.get(key, value) == value
-        held = getattr(model, key, None)
-        assert held == value, f"{key} of {name} is {held}"
+    tagged, plain = _meta(name), _meta(name.split(".")[0], **tag.args)
+    assert {k: tagged._model_args[k] for k in tag.args} == dict(tag.args)
+    assert repr(tagged) == repr(plain)
 
 
 @pytest.mark.parametrize("name", [t for t in TAGS if vitzoo.registry.tag_info(t).get])

@@ -38,7 +38,7 @@ def build(
     *,
     filter_fn: Filter,
     defaults: Mapping[str, Any],
-    out_indices: tuple[int, ...] = (0, 1, 2, 3),
+    feature_taps: tuple[int, ...] = (0, 1, 2, 3),
     **kwargs: Any,
 ) -> nn.Module:
     """Build one variant of a family; what every entry point returns.
@@ -50,7 +50,7 @@ def build(
         filter_fn: the family's `checkpoint_filter_fn(state_dict, model)`.
         defaults: the variant's constructor arguments; the checkpoint's own arguments go over them, the
             caller's over both.
-        out_indices: taps that `features_only=True` gives unless asked otherwise.
+        feature_taps: taps that `features_only=True` gives unless `out_indices` asks otherwise.
         kwargs: the caller's arguments, timm's `pretrained_cfg`, `pretrained_cfg_overlay`, `features_only`,
             ... included. `use_ema=True` takes the moving average where a file has one.
 
@@ -60,7 +60,8 @@ def build(
     """
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(variant, kwargs.pop("pretrained_cfg", None), overlay)
-    args = {**defaults, **registry.tag_info(f"{variant}.{cfg.tag}").args, **kwargs}
+    tag_args = dict(registry.tag_info(f"{variant}.{cfg.tag}").args)
+    args = {**defaults, **tag_args, **kwargs}
     use_ema = bool(args.pop("use_ema", False))
     sources = dataclasses.replace(cfg)
     if pretrained and not (cfg.source or cfg.state_dict):
@@ -71,7 +72,7 @@ def build(
         pretrained,
         pretrained_cfg=cfg,
         pretrained_filter_fn=_exact(filter_fn, variant, cfg),
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        feature_cfg=dict(out_indices=feature_taps, feature_cls="getter"),
         **args,
     )
     # the weights themselves stay out of the model's description
@@ -79,6 +80,8 @@ def build(
     for name in ("url", "file", "hf_hub_id", "hf_hub_filename"):
         if (value := getattr(sources, name)) is not None:
             model.pretrained_cfg[name] = value
+    # timm adds the caller's own: a saved folder then rebuilds the same model
+    model._model_args = tag_args
     return cast(nn.Module, model)
 
 

@@ -453,7 +453,7 @@ def _create_cvt(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs
         pretrained,
         filter_fn=checkpoint_filter_fn,
         defaults=defaults,
-        out_indices=(0, 1, 2),
+        feature_taps=(0, 1, 2),
         **kwargs,
     )
     return cast(CvT, model)

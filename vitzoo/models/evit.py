@@ -239,6 +239,9 @@ class EViT(VisionTransformer):
             device=device,
             dtype=dtype,
         )
+        self.base_keep_rate = base_keep_rate
+        self.drop_loc = tuple(drop_loc)
+        self.fuse_token = fuse_token
         for number in drop_loc:
             block = self.blocks[number]
             block.base_keep_rate = block.keep_rate = base_keep_rate
@@ -478,8 +481,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """
     if "dist_token" in state_dict or any(name.startswith("head_dist.") for name in state_dict):
         raise ValueError(
-            "these are weights of a distilled DeiT, EViT has no distillation token: take the file of the model "
-            "that was trained without distillation"
+            "these are weights of a distilled DeiT, EViT has no distillation token: take the file of the "
+            "DeiT trained without distillation"
         )
     pos, embed = state_dict.get("pos_embed"), cast(Any, model).patch_embed
     if pos is None or pos.shape[1] < 2:
@@ -597,7 +600,7 @@ def _evit(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict
         pretrained,
         filter_fn=checkpoint_filter_fn,
         defaults={"patch_size": 16, "depth": 12, **defaults},
-        out_indices=(2, 5, 8, 11),
+        feature_taps=(2, 5, 8, 11),
         **kwargs,
     )
     return cast(EViT, model)

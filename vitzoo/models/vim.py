@@ -427,7 +427,7 @@ def _vim(variant: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any
         pretrained,
         filter_fn=checkpoint_filter_fn,
         defaults=defaults,
-        out_indices=(5, 11, 17, 23),
+        feature_taps=(5, 11, 17, 23),
         **kwargs,
     )
     return cast(VisionMamba, model)

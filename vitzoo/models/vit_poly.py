@@ -223,7 +223,7 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
         pretrained,
         filter_fn=checkpoint_filter_fn,
         defaults=defaults,
-        out_indices=(9, 10, 11),
+        feature_taps=(9, 10, 11),
         **kwargs,
     )
     return cast(PolyViT, model)
