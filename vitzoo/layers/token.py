@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from timm.layers import Attention
+from timm.models._features_fx import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -114,6 +115,35 @@ def reorganize_tokens(x: Tensor, scores: Tensor, keep: int, fuse: bool = False) 
     rest = scores.scatter(1, index, 0.0).unsqueeze(-1)
     fused = (rest * x[:, 1:]).sum(dim=1, keepdim=True)
     return torch.cat([kept, fused.to(x.dtype)], dim=1), index
+
+
+@torch.fx.wrap
+@register_notrace_function
+def prune_tokens(
+    x: Tensor, scores: Tensor, rate: float, tokens: int | None, fuse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Reorganize tokens unless all would be kept.
+
+    Args:
+        x: (B, L, C), class token first.
+        scores: (B, L - 1).
+        rate: share to keep of all but the class token; the number is rounded up.
+        tokens: number to keep instead, if not None.
+        fuse: append a fused token.
+
+    Returns:
+        The tokens and which were kept, (B, K), None if nothing was dropped.
+
+    Raises:
+        ValueError: `tokens` exceeds the number there is.
+    """
+    count = x.shape[1] - 1
+    keep = keep_count(rate, count) if tokens is None else tokens
+    if keep > count:
+        raise ValueError(f"keep tokens {keep} exceeds the {count} tokens that are left")
+    if keep == count:
+        return x, None
+    return reorganize_tokens(x, scores, keep, fuse)
 
 
 def track_patches(patches: Tensor | None, index: Tensor, fused: bool) -> Tensor:

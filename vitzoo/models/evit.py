@@ -34,8 +34,7 @@ from torch import Tensor, nn
 from vitzoo.checkpoint import resize_pos_grid
 from vitzoo.layers.token import (
     ScoredAttention,
-    keep_count,
-    reorganize_tokens,
+    prune_tokens,
     scatter_tokens,
     track_patches,
 )
@@ -79,37 +78,6 @@ def checked_image(
             "resize it or create the model with dynamic_img_pad=True"
         )
     return x
-
-
-@torch.fx.wrap
-@register_notrace_function
-def prune_tokens(
-    x: Tensor, scores: Tensor, rate: float, tokens: int | None, fuse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Reorganize tokens unless all would be kept.
-
-    Args:
-        x: (B, L, C), class token first.
-        scores: (B, L - 1).
-        rate: share to keep of all but the class token; the number is rounded up.
-        tokens: number to keep instead, if not None.
-        fuse: append a fused token.
-
-    Returns:
-        The tokens and which were kept, (B, K), None if nothing was dropped.
-
-    Raises:
-        ValueError: `tokens` exceeds the number there is.
-    """
-    count = x.shape[1] - 1
-    keep = keep_count(rate, count) if tokens is None else tokens
-    if keep > count:
-        raise ValueError(
-            f"set_keep_tokens asked for {keep} tokens where only {count} are left to choose from"
-        )
-    if keep == count:
-        return x, None
-    return reorganize_tokens(x, scores, keep, fuse)
 
 
 class EViTBlock(Block):
