@@ -5,7 +5,7 @@ Legend: B batch, C channels, H W height and width of the map, L tokens, s window
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_module, use_fused_attn
@@ -45,8 +45,6 @@ class HiLo(nn.Module):
     Source: Pan et al., Fast Vision Transformers with HiLo Attention, arXiv 2205.13213, section 3.3;
         https://github.com/ziplab/LITv2 at 7501c8662991cad6db780b61fac0886b56a76588.
     """
-
-    fused_attn: Final[bool]
 
     def __init__(
         self,

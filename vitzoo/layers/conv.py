@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import register_notrace_module
@@ -77,7 +77,7 @@ class DeformConv2d(nn.Module):
             return F.conv2d(
                 _widened(x),
                 _widened(self.conv_offset.weight),
-                _widened(self.conv_offset.bias),
+                _widened(cast(Tensor, self.conv_offset.bias)),
                 stride=self.kernel_size,
             )
 

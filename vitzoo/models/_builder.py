@@ -176,20 +176,21 @@ def _variants_that_fit(state_dict: StateDict, tried: str) -> list[str]:
     for candidate in ours:
         names = [n for n in candidate.models if n != tried and _fits(n, state_dict)]
         # the arguments of a checkpoint can change shapes too
-        names = names or [n for n, tag in candidate.tags.items() if tag.args and _fits(n, state_dict)]
+        tagged = [n for n, tag in candidate.tags.items() if not names and tag.args]
+        names += [n for n in tagged if _fits(n, state_dict) or _fits(n, state_dict, features_only=True)]
         if names:
             return names
     return []
 
 
-def _fits(name: str, state_dict: StateDict) -> bool:
+def _fits(name: str, state_dict: StateDict, **kwargs: Any) -> bool:
     import sys
 
     entry = model_entrypoint(name)
     filter_fn = sys.modules[entry.__module__].checkpoint_filter_fn
     cfg = next(iter(get_arch_pretrained_cfgs(name.split(".")[0]).values()))
     with torch.device("meta"):
-        model = entry(pretrained=False, **registry.tag_info(name).args)
+        model = entry(pretrained=False, **registry.tag_info(name).args, **kwargs)
     if isinstance(model, FeatureGetterNet):
         model = model.model
     try:

@@ -28,7 +28,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, register_notrace_module, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,7 +35,7 @@ from vitzoo.layers.attention import HiLo
 from vitzoo.layers.conv import DeformConv2d
 from vitzoo.models._base import Backbone
 from vitzoo.models._builder import build
-from vitzoo.registry import Family, Published, Tag, register_family, tag_info
+from vitzoo.registry import Family, Published, Tag, register_family
 
 _logger = logging.getLogger(__name__)
 
@@ -401,10 +400,11 @@ def checkpoint_filter_fn(
     own = model.state_dict()
     in_file = tuple(i for i in range(len(own)) if f"norm{i}.weight" in out)
     in_model = cast(LITv2, model).feature_norm
-    if in_file and in_file != in_model:
+    # a pruned model, as features_only leaves it, has no final norm to fill either
+    if in_file and (in_file != in_model or not (features_only or "norm.weight" not in own)):
         raise ValueError(
-            f"the file is a dense-prediction backbone with norms of the feature maps {in_file}, "
-            f"the model has {in_model or 'none'}: pass features_only=True, feature_norm={in_file}"
+            f"the file is a dense-prediction backbone with norms of the feature maps {in_file}, no classifier; "
+            f"the model has norms of {in_model or 'none'}: pass features_only=True, feature_norm={in_file}"
         )
     absent = []
     if in_model and not in_file:
@@ -451,18 +451,18 @@ _ALPHAS = {
     1: (3.70, 81.89),
 }
 _LETTERS = {"litv2_small": "s", "litv2_medium": "m", "litv2_base": "b"}
-_DENSE_512 = {"num_classes": 0, "input_size": (3, 512, 512), "pool_size": (16, 16), "crop_pct": 1.0}
+_DENSE = {"input_size": (3, 512, 512), "pool_size": (16, 16), "crop_pct": 1.0}
 
 
 def _dense_files() -> dict[str, tuple[str, dict[str, Any]]]:
     """Return "model.tag" -> (file, constructor arguments) of the segmentation and detection files."""
     files: dict[str, tuple[str, dict[str, Any]]] = {}
     for model, letter in _LETTERS.items():
-        whole = {"features_only": True, "feature_norm": (0, 1, 2, 3)}
+        whole = {"feature_norm": (0, 1, 2, 3)}
         files[f"{model}.fpn_ade20k"] = (f"v1.0/litv2_{letter}_fpn_r50_512x512_80k_ade20k.pth", whole)
         for detector in ("retinanet", "mask_rcnn"):
             # their detection backbone hands out the first map without a norm
-            args = {"features_only": True, "feature_norm": (1, 2, 3)}
+            args: dict[str, Any] = {"feature_norm": (1, 2, 3)}
             file = f"v1.0/{detector}_litv2_{letter}_fpn_1x_coco"
             files[f"{model}.{detector}_coco"] = (f"{file}.pth", args)
             args = {**args, "window_sizes": (0, 0, 4, 1)}
@@ -483,7 +483,7 @@ default_cfgs = generate_default_cfgs(
             crop_mode="squash",
         ),
         **{f"litv2_small.alpha{alpha}_in1k": _cfg(f"v1.1/alpha_{alpha}.pth") for alpha in _ALPHAS},
-        **{tag: _cfg(file, **_DENSE_512) for tag, (file, _) in _dense_files().items()},
+        **{tag: _cfg(file, **_DENSE) for tag, (file, _) in _dense_files().items()},
     }
 )
 
@@ -514,9 +514,7 @@ FAMILY = register_family(
 
 
 def _create_litv2(variant: str, pretrained: bool, defaults: dict[str, Any], **kwargs: Any) -> LITv2:
-    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-    args = {**tag_info(f"{variant}.{cfg.tag}").args, **kwargs}
-    filter_fn = partial(checkpoint_filter_fn, features_only=bool(args.get("features_only")))
+    filter_fn = partial(checkpoint_filter_fn, features_only=bool(kwargs.get("features_only")))
     return cast(LITv2, build(LITv2, variant, pretrained, filter_fn=filter_fn, defaults=defaults, **kwargs))
 
 
