@@ -50,6 +50,9 @@ typecheck: install
 
 check: lint typecheck test
 
+docs: install
+	$(BIN)/python docs/generate.py
+
 bench: install
 	$(BIN)/python benchmarks/run_kernels.py
 

@@ -94,7 +94,7 @@ class Backbone(nn.Module):
         return self._final(state)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits (B, num_classes) of what `forward_features` gave; the pooled (B, C) if `pre_logits`."""
+        """Return logits (B, num_classes) of `forward_features`' result; pooled (B, C) if `pre_logits`."""
         if self.global_pool:
             x = self._pool(x)
         x = self.head_drop(x)
