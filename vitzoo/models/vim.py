@@ -299,16 +299,16 @@ class VisionMamba(Backbone):
         self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
     def _stem(self, x: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        tokens = self.patch_embed(x)
         grid = self.patch_embed.grid_size
         pos_embed: Tensor = self.pos_embed
         if self.dynamic_img_size:
             grid = self.patch_embed.grid(x.shape[-2], x.shape[-1])
             pos_embed = resample_pos_embed(pos_embed, self.patch_embed.grid_size, grid)
-        x = self.patch_embed(x)
-        middle = x.shape[1] // 2
-        cls_token = self.cls_token.expand(x.shape[0], -1, -1)
-        x = torch.cat((x[:, :middle], cls_token, x[:, middle:]), dim=1)
-        return self.pos_drop(x + pos_embed), None, grid
+        middle = tokens.shape[1] // 2
+        cls_token = self.cls_token.expand(tokens.shape[0], -1, -1)
+        tokens = torch.cat((tokens[:, :middle], cls_token, tokens[:, middle:]), dim=1)
+        return self.pos_drop(tokens + pos_embed), None, grid
 
     def _step(self, index: int, state: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
         hidden, residual, grid = state
