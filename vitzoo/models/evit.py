@@ -514,12 +514,13 @@ def _tag(rate: float, fused: bool) -> str:
 default_cfgs = generate_default_cfgs(
     {
         "evit_tiny_patch16_224.deit_in1k": _deit("deit_tiny_patch16_224-a1311bcf"),
-        # the star keeps the authors' own setting the default: code can only fetch the DeiT file
+        "evit_small_patch16_224.deit_in1k": _deit("deit_small_patch16_224-cd65a155"),
+        # The star makes the authors' own setting the default although code can only fetch the DeiT file; timm
+        # heeds it only after every tag with an address.
         **{
             f"evit_small_patch16_224.{_tag(*key)}{'*' if key == (0.7, False) else ''}": _cfg()
             for key in _FILES
         },
-        "evit_small_patch16_224.deit_in1k": _deit("deit_small_patch16_224-cd65a155"),
         "evit_base_patch16_224.deit_in1k": _deit("deit_base_patch16_224-b5f2ef4d"),
     }
 )
