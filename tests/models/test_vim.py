@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from timm.layers import DropPath
+from timm.models._features_fx import create_feature_extractor
 from torch import Tensor, nn
 
 import vitzoo
@@ -275,6 +276,22 @@ def test_float64_and_float32_agree() -> None:
         double = model.double()(x.double())
     assert double.dtype == torch.float64
     assert relative_difference(single, double) < 1e-5
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+def test_fx_trace_keeps_checks_and_scans_whole(dynamic: bool) -> None:
+    model = _small(dynamic_img_size=dynamic)
+    nodes = ["layers.1.mixer.out_proj", "head"]
+    traced = create_feature_extractor(model, nodes)
+    names = [n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"]
+    assert names.count("selective_scan") == 3
+    assert names.count("check_input") == 1
+    x = image((2, 3, 64, 64))
+    with torch.no_grad():
+        found = traced(x)
+        torch.testing.assert_close(found["head"], model(x))
+    with pytest.raises(ValueError, match="input has shape"):
+        traced(x[:, :2])
 
 
 def test_gradients_at_batch_1_are_half_those_of_the_image_twice() -> None:

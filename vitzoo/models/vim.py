@@ -66,9 +66,19 @@ def resample_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, 
 
 
 @register_notrace_function
-def _check_input(
-    x: Tensor, in_chans: int, img_size: tuple[int, int], patch_size: int, strict: bool
-) -> Tensor:
+def check_input(x: Tensor, in_chans: int, img_size: tuple[int, int], patch_size: int, strict: bool) -> Tensor:
+    """Return `x` if the model takes it; a function of its own, and a public one, so that FX keeps it whole.
+
+    Args:
+        x: image, (B, in_chans, H, W).
+        in_chans: channels of the model.
+        img_size: height and width the model was built for.
+        patch_size: side of a patch.
+        strict: refuse every other size.
+
+    Raises:
+        ValueError: another shape; the message names both.
+    """
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f"input has shape {tuple(x.shape)}, expected (B, {in_chans}, H, W)")
     height, width = x.shape[-2:]
@@ -136,7 +146,7 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: an input of another size or channel count.
         """
-        x = _check_input(x, self.proj.in_channels, self.img_size, self.patch_size[0], self.strict_img_size)
+        x = check_input(x, self.proj.in_channels, self.img_size, self.patch_size[0], self.strict_img_size)
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
