@@ -169,11 +169,10 @@ class PolyTwins(Twins):
             info["module"] = f"blocks.{stage}"
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise as timm's Twins does: every parameter belongs to a linear layer, a norm or a
-        convolution.
+        """Initialise linear layers, norms and convolutions as timm's Twins does.
 
         Args:
-            needs_reset: accepted as in timm's ViT; nothing else needs a reset.
+            needs_reset: accepted as in timm's ViT; no other kind of parameter exists here.
         """
         self.apply(self._init_weights)
 
