@@ -375,7 +375,7 @@ class EViT(VisionTransformer):
                 prefixes.append(tokens[:, :1])
                 tap = scatter_tokens(tokens[:, 1:], patches, grid[0] * grid[1])
                 if output_fmt == "NCHW":
-                    tap = tap.transpose(1, 2).reshape(x.shape[0], -1, *grid)
+                    tap = tap.transpose(1, 2).reshape(x.shape[0], -1, *grid).contiguous()
                 maps.append(tap)
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": maps}
@@ -408,7 +408,7 @@ class EViT(VisionTransformer):
             ValueError: a size that is not a multiple of the patch size.
         """
         embed = self.patch_embed
-        size = to_2tuple(img_size) if img_size is not None else embed.img_size
+        size = embed.img_size if img_size is None else to_2tuple(img_size)
         if not embed.dynamic_img_pad:
             _check_multiple(size, patch_size or embed.patch_size)
         old = embed.grid_size
@@ -427,7 +427,8 @@ def _check_pool(global_pool: str) -> None:
 def _check_multiple(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
     size, patch = to_2tuple(img_size), to_2tuple(patch_size)
     if size[0] % patch[0] or size[1] % patch[1] or min(size) < 1:
-        raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        shown = [pair[0] if pair[0] == pair[1] else pair for pair in (size, patch)]
+        raise ValueError(f"img_size {shown[0]} is not a multiple of patch_size {shown[1]}")
 
 
 def _resized(pos: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
