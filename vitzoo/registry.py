@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
+import torch
+from timm.models import create_model, get_arch_pretrained_cfgs, get_pretrained_cfg, is_model
 from timm.models import list_models as timm_list_models
 
 CATEGORIES = ("hierarchical", "token-pruning", "hilo", "scan", "convolutional", "equivariant")
@@ -191,7 +193,8 @@ def check_name(name: str) -> str:
     if not is_model(model):
         known = list(dict.fromkeys([*_model_to_family, *timm_list_models()]))
         close = difflib.get_close_matches(model, known, n=5, cutoff=0.5)
-        close += [m for m in known if model and model in m and m not in close][:3]
+        starts = [m for m in known if m not in close and model and (model in m or m.startswith(model[:3]))]
+        close += starts[: max(2, 5 - len(close))]
         hint = f"did you mean {', '.join(close)}?" if close else "vitzoo.list_models() lists what there is"
         raise UnknownModelError(f"unknown model {name!r}: {hint}")
     if tag and name not in (tagged := get_arch_pretrained_cfgs(model)):
@@ -241,6 +244,7 @@ def _checkpoints(model: str, family: Family) -> tuple[CheckpointInfo, ...]:
         url = cfg.url if isinstance(cfg.url, str) else None
         if url is None and cfg.hf_hub_id:
             url = f"https://huggingface.co/{cfg.hf_hub_id.rstrip('/')}"
+            url += f"/resolve/main/{cfg.hf_hub_filename}" if cfg.hf_hub_filename else ""
         if url is None and tag.get is None:
             continue
         found.append(
@@ -249,6 +253,12 @@ def _checkpoints(model: str, family: Family) -> tuple[CheckpointInfo, ...]:
             )
         )
     return tuple(found)
+
+
+@functools.cache
+def _count_params(model: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in create_model(model).parameters() if p.requires_grad)
 
 
 def model_info(name: str) -> ModelInfo:
@@ -276,7 +286,7 @@ def model_info(name: str) -> ModelInfo:
         code=family.code,
         code_license=family.code_license,
         weights_license=family.weights_license,
-        params=figures.params,
+        params=_count_params(model) if figures.params is None else figures.params,
         gmacs=figures.gmacs,
         top1=figures.top1,
         source=figures.source,
