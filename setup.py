@@ -75,6 +75,6 @@ def extension() -> dict[str, Any]:
 setup(
     packages=packages,
     package_dir={"vitzoo": "vitzoo", "vitzoo.kernels": "kernels"},
-    package_data={"vitzoo": ["py.typed"]},
+    package_data={"vitzoo": ["py.typed"], "vitzoo.demo": ["*.j2"]},
     **extension(),
 )
