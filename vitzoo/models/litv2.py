@@ -63,6 +63,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, H/4, W/4, C), rounded up, of an image (B, in_chans, H, W)."""
+        if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
+            raise ValueError(f"input has shape {tuple(x.shape)}, expected (B, {self.proj.in_channels}, H, W)")
         below, right = -x.shape[2] % _PATCH, -x.shape[3] % _PATCH
         if below or right:
             x = F.pad(x, (0, right, 0, below))
@@ -403,8 +405,8 @@ def checkpoint_filter_fn(
     # a pruned model, as features_only leaves it, has no final norm to fill either
     if in_file and (in_file != in_model or not (features_only or "norm.weight" not in own)):
         raise ValueError(
-            f"the file is a dense-prediction backbone with norms of the feature maps {in_file}, no classifier; "
-            f"the model has norms of {in_model or 'none'}: pass features_only=True, feature_norm={in_file}"
+            f"the file is a dense-prediction backbone, with norms of the feature maps {in_file} and no "
+            f"classifier: pass features_only=True, feature_norm={in_file} (the model has {in_model or None})"
         )
     absent = []
     if in_model and not in_file:
