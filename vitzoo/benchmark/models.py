@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from vitzoo.benchmark.flops import count_flops
@@ -47,7 +47,7 @@ class BenchSettings:
 
 def input_size(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
     """Return (C, H, W) of a model's input: its own, with another height and width if asked for."""
-    channels, height, width = resolve_model_data_config(model, verbose=False)["input_size"]
+    channels, height, width = get_model_input_config(model)["input_size"]
     if img_size is not None:
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     return channels, height, width

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
@@ -161,7 +162,7 @@ def _require_packages(check: bool) -> None:
 
 
 def _input_size(model: nn.Module, input_size: int | Sequence[int] | None) -> tuple[int, int, int]:
-    channels, *sides = (int(n) for n in resolve_model_data_config(model)["input_size"])
+    channels, *sides = (int(n) for n in get_model_input_config(model)["input_size"])
     channels = int(getattr(model, "in_chans", channels))
     if isinstance(input_size, int):
         sides = [input_size, input_size]

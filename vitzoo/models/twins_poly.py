@@ -6,11 +6,13 @@ c8cd2ef40b435d9615c790b2461694ba89a36be4, models/polytwins.py.
 
 A variation of timm's Twins with the same parameters and names, so plain Twins-SVT weights load. Maps are
 anchored before the first embedding and before every block, and the positional convolutions wrap around.
-Shifts accumulate and
-are never undone, as in the code: tokens and feature maps are shifted circularly against the input, each stage
-    by its
-own amount, which `forward_features(x, return_anchors=True)` tells. timm's tests count Twins among the token
-models.
+Shifts accumulate and are never undone, as in the code: tokens and feature maps are shifted circularly against
+the input, each stage by its own amount, which `forward_features(x, return_anchors=True)` tells. timm's tests
+count Twins among the token models.
+
+One deviation, at initialisation only: the norms of the embeddings start at weights around one, not at one. After
+a norm of equal weights all tokens have the same length, so that a window's phases tie to seven digits and rounding
+would choose the anchors of an untrained model, otherwise in each runtime.
 
 Legend: B batch, C channels, H W height and width, L tokens.
 """
@@ -165,6 +167,7 @@ class PolyTwins(Twins):
             [CircularPosConv(dim, dim, device=device, dtype=dtype) for dim in embed_dims]
         )
         self.pos_block.apply(self._init_weights)
+        self._untie()
         for stage, info in enumerate(self.feature_info):
             info["module"] = f"blocks.{stage}"
 
@@ -175,6 +178,11 @@ class PolyTwins(Twins):
             needs_reset: accepted as in timm's ViT; no other kind of parameter exists here.
         """
         self.apply(self._init_weights)
+        self._untie()
+
+    def _untie(self) -> None:
+        for embed in self.patch_embeds:
+            nn.init.trunc_normal_(embed.norm.weight, mean=1.0, std=0.02)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
