@@ -23,7 +23,14 @@ packages = [
 ]
 
 TORCH_2_11 = "0x020b000000000000"
-COMPILE_ARGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE_ARGS = [
+    "-O3",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 
 
 def why_no_extension() -> str | None:
@@ -51,7 +58,10 @@ def extension() -> dict[str, Any]:
         return {}
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
-    if "CXX" not in os.environ and shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0]) is None:
+    if (
+        "CXX" not in os.environ
+        and shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0]) is None
+    ):
         os.environ["CXX"] = "c++"
     module = Extension(
         "vitzoo._C",

@@ -129,7 +129,13 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, di
     out = {}
     for name, values in times.items():
         q1, median, q3 = statistics.quantiles(values, n=4)
-        out[name] = {"median_ms": median, "q1_ms": q1, "q3_ms": q3, "min_ms": min(values), "runs": len(values)}
+        out[name] = {
+            "median_ms": median,
+            "q1_ms": q1,
+            "q3_ms": q3,
+            "min_ms": min(values),
+            "runs": len(values),
+        }
     return out
 
 
@@ -167,9 +173,13 @@ def measure(name: str, label: str, dtype: torch.dtype, rounds: int) -> list[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--operator", action="append", help="default: every operator")
-    parser.add_argument("--shape", action="append", help="default: every shape of the operator's MODEL_SHAPES")
+    parser.add_argument(
+        "--shape", action="append", help="default: every shape of the operator's MODEL_SHAPES"
+    )
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)

@@ -62,7 +62,7 @@ class Operator:
             BackendError: the forced backend cannot take it, or none can.
         """
         forced = _forced.get()
-        reasons = []
+        reasons: list[str] = []
         for backend in self.backends:
             if forced is not None and backend.name != forced:
                 continue
@@ -85,8 +85,8 @@ def _warn_once(name: str, reasons: list[str]) -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"vitzoo runs {name} in plain torch ops, which is right but slow ({'; '.join(reasons)}). This is said once; "
-            "`vitzoo doctor` lists every backend.",
+            f"vitzoo runs {name} in plain torch ops, which is right but slow ({'; '.join(reasons)}). "
+            "This is said once; `vitzoo doctor` lists every backend.",
             SlowBackendWarning,
             stacklevel=2,
         )

@@ -15,8 +15,8 @@ def why_not() -> str | None:
         if error.name != "vitzoo._C":
             return f"the C++ extension does not load ({error})"
         return (
-            "the C++ extension was not built: a C++ compiler, Python's headers and torch were not all there at install; "
-            "with them, reinstall with pip's --no-build-isolation"
+            "the C++ extension was not built: a C++ compiler, Python's headers and torch were not all there at "
+            "install; with them, reinstall with pip's --no-build-isolation"
         )
     except ImportError as error:
         return f"the C++ extension does not load ({error})"

@@ -31,8 +31,8 @@ def selective_scan_flops(
         has_z: with the gate.
         has_delta_bias: with a bias on delta.
         delta_softplus: with softplus on delta.
-        convention: "exact", see above; "paper" is the 9 B L D N of tables that count a parallel scan, plus one operation
-            for each of skip and gate and none for the step.
+        convention: "exact", see above; "paper" is the 9 B L D N of tables that count a parallel scan, plus one
+            operation for each of skip and gate and none for the step.
 
     Raises:
         ValueError: an unknown convention.
@@ -60,8 +60,8 @@ def selective_scan_bwd_flops(
 ) -> int:
     """Return the FLOPs of the backward pass in the exact convention: states are recomputed, then swept backwards.
 
-    Per state and token: 5 for the state again (7 with a gate, whose gradient needs y), 3 for its gradient, 1 for q, and 2
-    each for dA, ddelta, du, dB and dC.
+    Per state and token: 5 for the state again (7 with a gate, whose gradient needs y), 3 for its gradient, 1 for q, and
+    2 each for dA, ddelta, du, dB and dC.
     """
     per_token = 4 + 2 * has_delta_bias + 6 * delta_softplus + (4 + 2 * has_z) * has_D + 11 * has_z
     return batch * dim * seqlen * ((19 + 2 * has_z) * dstate + per_token)

@@ -72,6 +72,7 @@ def make_inputs(
     def normal(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64).to(of).to(device)
 
+    matrix: tuple[int, ...]
     if shape.groups < 0:
         matrix = (dim, dstate)
     else:
@@ -79,7 +80,9 @@ def make_inputs(
     delta = normal(batch, dim, seqlen)
     if not shape.delta_softplus:
         delta = delta.abs() * 0.3
-    rates = torch.arange(1, dstate + 1, dtype=torch.float64) * torch.exp(0.1 * normal(dim, dstate, of=torch.float64).cpu())
+    rates = torch.arange(1, dstate + 1, dtype=torch.float64) * torch.exp(
+        0.1 * normal(dim, dstate, of=torch.float64).cpu()
+    )
     return {
         "u": normal(batch, dim, seqlen),
         "delta": delta,

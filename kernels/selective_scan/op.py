@@ -6,6 +6,7 @@ stay whole. Under torch.export the function takes another path, see onnx.py.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ OPERATOR = Operator(
 )
 
 _INPUTS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus"
 )
 _LIBRARY = torch.library.Library("vitzoo", "FRAGMENT")
 _LIBRARY.define(f"selective_scan({_INPUTS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
@@ -59,7 +61,10 @@ def _zero_state(u: Tensor, A: Tensor) -> Tensor:
 def _backward(dout: Tensor | None, dlast: Tensor | None, u: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs = (u, *args[:-1])
     if u.numel() == 0:
-        return tuple(u.new_empty(0) if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+        return tuple(
+            u.new_empty(0) if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+            for x in inputs
+        )
     if dout is None:
         dout = torch.zeros_like(u)
     gradients = OPERATOR.choose(u, *args).run["backward"](dout, dlast, u, *args)
@@ -69,13 +74,20 @@ def _backward(dout: Tensor | None, dlast: Tensor | None, u: Tensor, *args: Any) 
     )
 
 
-def _forward_fake(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
     torch._check(u.ndim == 3, lambda: f"u has {u.ndim} axes, expected (B, D, L)")
-    torch._check(delta.shape == u.shape, lambda: f"delta is {tuple(delta.shape)}, expected u's {tuple(u.shape)}")
-    torch._check(A.ndim == 2 and A.shape[0] == u.shape[1], lambda: f"A is {tuple(A.shape)}, expected ({u.shape[1]}, N)")
+    torch._check(
+        delta.shape == u.shape, lambda: f"delta is {tuple(delta.shape)}, expected u's {tuple(u.shape)}"
+    )
+    torch._check(
+        A.ndim == 2 and A.shape[0] == u.shape[1], lambda: f"A is {tuple(A.shape)}, expected ({u.shape[1]}, N)"
+    )
     torch._check(not A.is_complex(), lambda: f"A is {A.dtype}; only real A is supported")
     for name, matrix in (("B", B), ("C", C)):
-        torch._check(2 <= matrix.ndim <= 4, lambda n=name, m=matrix: f"{n} has {m.ndim} axes, expected 2, 3 or 4")
+        message = f"{name} has {matrix.ndim} axes, expected 2, 3 or 4"
+        torch._check(2 <= matrix.ndim <= 4, functools.partial(str, message))
     return u.new_empty(u.shape), u.new_empty((u.shape[0], u.shape[1], A.shape[1]), dtype=compute_dtype(u))
 
 
@@ -106,7 +118,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple
 
 
 def _no_double_backward(ctx: Any, *gradients: Any) -> None:
-    raise RuntimeError("selective_scan can be differentiated once only; its backward pass has no gradient of its own")
+    raise RuntimeError(
+        "selective_scan can be differentiated once only; its backward pass has no gradient of its own"
+    )
 
 
 torch.library.register_autograd("vitzoo::selective_scan", _differentiate, setup_context=_save, lib=_LIBRARY)
@@ -152,7 +166,16 @@ def _sizes(u_shape: Any, A_shape: Any) -> tuple[int, int, int, int]:
 
 @register_flop_formula(torch.ops.vitzoo.selective_scan)
 def _flops(
-    u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, delta_bias: Any, delta_softplus: bool, **kwargs: Any
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    z: Any,
+    delta_bias: Any,
+    delta_softplus: bool,
+    **kwargs: Any,
 ) -> int:
     return selective_scan_flops(
         *_sizes(u, A),
@@ -164,7 +187,9 @@ def _flops(
 
 
 @register_flop_formula(torch.ops.vitzoo.selective_scan_bwd)
-def _bwd_flops(dout: Any, dlast: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *args: Any, **kw: Any) -> int:
+def _bwd_flops(
+    dout: Any, dlast: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *args: Any, **kw: Any
+) -> int:
     delta_bias, delta_softplus = args
     return selective_scan_bwd_flops(
         *_sizes(u, A),
@@ -199,8 +224,8 @@ def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, **optional
             fits = groups > 0 and dim % groups == 0 and x.shape == (batch, groups, dstate, seqlen)
         if not fits:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, expected (B, N, L) = ({batch}, {dstate}, {seqlen}), (B, G, N, L) with "
-                f"G a divisor of {dim}, or (D, N) = ({dim}, {dstate})"
+                f"{name} has shape {tuple(x.shape)}, expected (B, N, L) = ({batch}, {dstate}, {seqlen}), "
+                f"(B, G, N, L) with G a divisor of {dim}, or (D, N) = ({dim}, {dstate})"
             )
     for name, x in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C), *optional.items()):
         if x is not None and not x.is_floating_point():
@@ -226,9 +251,9 @@ def selective_scan(
     delta = softplus(delta + delta_bias);  h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t, from h_0 = 0;
     y_t = sum_n C_t h_t + D u_t;  out = y silu(z). Bias, softplus, D and z are optional.
 
-    The state is float32 for inputs of at most 32 bits and float64 for float64 inputs, whatever autocast says. Every input
-    has a gradient, also through the last state; second derivatives are refused. Non-contiguous inputs are read as they
-    are.
+    The state is float32 for inputs of at most 32 bits and float64 for float64 inputs, whatever autocast says. Every
+    input has a gradient, also through the last state; second derivatives are refused. Non-contiguous inputs are
+    read as they are.
 
     Args:
         u: input, (B, D, L), float32, float64, bfloat16 or float16.

@@ -35,7 +35,7 @@ def per_channel(matrix: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 def _states(decay: Tensor, drive: Tensor) -> list[Tensor]:
     """Return h_1 ... h_L, each (B, D, N), of h_t = decay_t h_{t-1} + drive_t from h_0 = 0."""
-    h = torch.zeros_like(decay[:, :, 0]) if decay.shape[2] else None
+    h = decay.new_zeros(decay[:, :, :1].sum(2).shape)
     states = []
     # unbind rather than index: autograd of L indexed slices costs L full-size gradients
     for a, b in zip(decay.unbind(2), drive.unbind(2), strict=True):
@@ -112,8 +112,9 @@ def selective_scan_reference_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of u, delta, A, B, C, D, z and delta_bias, in the compute dtype; None for absent inputs.
 
-    With g_t = dL/dh_t = C_t dy_t + a_{t+1} g_{t+1}, a_t = exp(delta_t A) and q_t = g_t a_t h_{t-1}: dA = sum_t q_t delta_t,
-    ddelta_t = sum_n (q_t A + g_t B_t u_t), du_t = delta_t sum_n g_t B_t + D dy_t, dB_t = g_t delta_t u_t, dC_t = dy_t h_t.
+    With g_t = dL/dh_t = C_t dy_t + a_{t+1} g_{t+1}, a_t = exp(delta_t A) and q_t = g_t a_t h_{t-1}:
+    dA = sum_t q_t delta_t, ddelta_t = sum_n (q_t A + g_t B_t u_t), du_t = delta_t sum_n g_t B_t + D dy_t,
+    dB_t = g_t delta_t u_t, dC_t = dy_t h_t.
     """
     dtype = compute_dtype(u)
     x, step = u.to(dtype), step_size(delta, delta_bias, delta_softplus, dtype)

@@ -263,7 +263,9 @@ def _translate(model: nn.Module, x: Tensor, names: list[str], opset: int) -> Any
             f"{type(model).__name__} cannot be translated to ONNX: {_first_cause(error)}"
         ) from error
     assert program is not None
-    batch = program.model.graph.inputs[0].shape[0]
+    shape = program.model.graph.inputs[0].shape
+    assert shape is not None
+    batch = shape[0]
     if isinstance(batch, int):
         raise ExportError(
             f"the exporter fixed the batch of {type(model).__name__} at {batch}: its forward pass turns the "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -175,17 +176,26 @@ def _variants_that_fit(state_dict: StateDict, tried: str) -> list[str]:
     ours.sort(key=lambda f: f is not family)
     for candidate in ours:
         names = [n for n in candidate.models if n != tried and _fits(n, state_dict)]
-        # the arguments of a checkpoint can change shapes too
-        tagged = [n for n, tag in candidate.tags.items() if not names and tag.args]
-        names += [n for n in tagged if _fits(n, state_dict) or _fits(n, state_dict, features_only=True)]
+        if not names and candidate is family:
+            names = _tags_that_fit(candidate, state_dict)
         if names:
             return names
     return []
 
 
-def _fits(name: str, state_dict: StateDict, **kwargs: Any) -> bool:
-    import sys
+def _tags_that_fit(family: registry.Family, state_dict: StateDict) -> list[str]:
+    """Return the checkpoints of a family that the weights fit: their arguments can change shapes too."""
+    found: dict[str, bool] = {}
+    for name, tag in family.tags.items():
+        same = f"{name.split('.')[0]} {sorted(tag.args.items())}"
+        if tag.args and same not in found:
+            found[same] = _fits(name, state_dict) or _fits(name, state_dict, features_only=True)
+            if found[same]:
+                return [name]
+    return []
 
+
+def _fits(name: str, state_dict: StateDict, **kwargs: Any) -> bool:
     entry = model_entrypoint(name)
     filter_fn = sys.modules[entry.__module__].checkpoint_filter_fn
     cfg = next(iter(get_arch_pretrained_cfgs(name.split(".")[0]).values()))

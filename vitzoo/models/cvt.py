@@ -196,7 +196,7 @@ class Stage(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        dd = {name: kwargs.get(name) for name in ("device", "dtype")}
+        dd: dict[str, Any] = {name: kwargs.get(name) for name in ("device", "dtype")}
         self.patch_embed = ConvEmbed(in_chans, embed_dim, *embed, **dd)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd)) if class_token else None
         self.pos_drop = nn.Dropout(pos_drop)
