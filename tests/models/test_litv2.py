@@ -115,16 +115,16 @@ def test_litv2_gradients_of_one_image(memory_format: torch.memory_format) -> Non
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_gradients_of_a_batch_of_one_are_right(training: bool) -> None:
-    # torch 2.14.1 on CPU: the backward of BatchNorm is wrong for one NCHW image with a channels-last gradient
-    model = _tiny().train(training)
-    x = image((1, 3, 96, 64))
-    model(x).sum().backward()
-    exact = _tiny().train(training).double()
-    exact(x.double()).sum().backward()
-    for (key, ours), reference in zip(model.named_parameters(), exact.parameters(), strict=True):
+    # torch 2.14.1 on CPU: the backward of BatchNorm is wrong, in every dtype, for a single NCHW image whose gradient
+    # arrives transposed. The same image twice has the same statistics, twice the gradient, and no such fault.
+    x = image((1, 3, 96, 64)).double()
+    one, two = (_tiny().double().train(training) for _ in range(2))
+    one(x).sum().backward()
+    two(x.repeat(2, 1, 1, 1)).sum().backward()
+    for (key, ours), reference in zip(one.named_parameters(), two.parameters(), strict=True):
         # in training a shift before BatchNorm has no effect: its gradient is rounding noise
         if not (training and key.endswith("dconv.bias")):
-            assert relative_difference(ours.grad, reference.grad) < 1e-3, key
+            assert relative_difference(2 * ours.grad, reference.grad) < 1e-9, key
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["128x192", "115x150"])
