@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vitzoo.demo.measure import Settings, measure_models
-from vitzoo.export.files import write_text
+from vitzoo.export.files import scratch_folder, write_text
+from vitzoo.registry import check_name
 
 __all__ = ["MODELS", "DemoError", "run"]
 
@@ -71,9 +72,10 @@ def run(
 
     start = time.perf_counter()
     out, console = Path(out_dir), console or Console()
+    names = [check_name(name) for name in (MODELS.values() if models is None else models)]
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "demo.json", "{}\n")  # an unwritable folder is found now, not after minutes
-    names = list(models) if models is not None else list(MODELS.values())
+    with scratch_folder(out / "demo.json"):
+        pass  # an unwritable folder is found now, not after minutes
     settings = Settings(threads, pretrained, seconds, out if keep_onnx else None)
     with tracked(console) as tell:
         result, figures = measure_models(names, settings, tell)

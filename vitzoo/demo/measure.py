@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from vitzoo.export import export_onnx
 from vitzoo.export.check import open_session, run_session, time_session
 from vitzoo.factory import create_model
 from vitzoo.kernels.common.backends import operators
-from vitzoo.registry import check_name, family_of
+from vitzoo.registry import family_of
 from vitzoo.testing import relative_difference
 
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
@@ -72,12 +73,7 @@ def measure_models(
 
     Returns:
         The results as JSON takes them, and the pictures for the page.
-
-    Raises:
-        UnknownModelError: a name that no model has.
     """
-    for name in names:
-        check_name(name)
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads or before)
     try:
@@ -87,6 +83,7 @@ def measure_models(
 
 
 def _measured(names: list[str], settings: Settings, tell: Tell) -> tuple[dict[str, Any], list[Figure]]:
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     photos = photographs()
     rows: list[dict[str, Any]] = []
     subjects: list[Subject] = []
@@ -118,6 +115,7 @@ def _measured(names: list[str], settings: Settings, tell: Tell) -> tuple[dict[st
         "models": rows,
         "operators": operator_backends(),
         "machine": machine(),
+        "load_before": load,
     }
     return result, figures
 

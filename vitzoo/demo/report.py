@@ -55,6 +55,12 @@ def notes(result: dict[str, Any]) -> list[str]:
         reason = backends.get("cpu")
         if reason:
             found.append(f"{operator} runs on plain PyTorch here, slower: {reason}")
+    load, cores = result["load_before"], result["machine"]["cpu"]["usable_cores"]
+    if load is not None and load > 0.5 * cores:
+        found.append(
+            f"other programs kept this machine busy when the demo began (load {load:.1f} on {cores} cores): "
+            "times are longer than they should be, PyTorch's with several threads most of all"
+        )
     for row in result["models"]:
         _, _, reason = row.get("weights", "").partition("; ")
         if reason:
@@ -65,35 +71,34 @@ def notes(result: dict[str, Any]) -> list[str]:
 
 
 def _table(result: dict[str, Any]) -> Any:
+    """Return the table; two lines a model, so that it fits 80 columns."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="One backbone of each category on a photograph")
-    for name in ("model", "category"):
-        table.add_column(name, no_wrap=name == "model")
-    for name in (
-        "params\nM",
-        "GMACs",
-        "latency\nms (IQR)",
-        "images/s",
-        "ONNX\nMB",
-        "ONNX ms\n(IQR)",
-        "ONNX\ndifference",
-    ):
-        table.add_column(name, justify="right")
+    title = "One backbone of each category on a photograph"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("model\ncategory", min_width=22, overflow="fold")
+    eager = ("params\nM", "GMACs", "latency\nms (IQR)", "images\n/s")
+    for name in (*eager, "ONNX\nMB", "ONNX\nms (IQR)", "ONNX\ndiff"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in result["models"]:
-        start = (row["model"], ", ".join(row["categories"]))
+        start = f"{row['model']}\n[dim]{', '.join(row['categories'])}[/dim]"
         if "error" in row:
-            table.add_row(*start, "failed")
+            table.add_row(start, "failed")
             continue
-        eager, onnx = row["latency_ms"], row["onnx"]
+        onnx = row["onnx"]
         table.add_row(
-            *start,
+            start,
             f"{row['params'] / 1e6:.2f}",
             f"{row['gmacs']:.2f}",
-            f"{eager['median']:.1f} ({eager['iqr']:.1f})",
+            _spread(row["latency_ms"]),
             f"{row['images_per_second']:.1f}",
             f"{onnx['size_bytes'] / 1e6:.1f}",
-            f"{onnx['latency_ms']['median']:.1f} ({onnx['latency_ms']['iqr']:.1f})",
-            f"{onnx['photo_relative_difference']:.1e}",
+            _spread(onnx["latency_ms"]),
+            f"{onnx['photo_relative_difference']:.0e}",
         )
     return table
+
+
+def _spread(times: dict[str, float]) -> str:
+    return f"{times['median']:.1f}\n[dim]({times['iqr']:.1f})[/dim]"
