@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vitzoo.kernels.common.backends import Backend, Operator, forced_backend, use_backend
+from vitzoo.kernels.common.backends import Backend, BackendError, Operator, forced_backend, use_backend
 from vitzoo.kernels.selective_scan import cpu
+from vitzoo.kernels.selective_scan.complex import complex_selective_scan
 from vitzoo.kernels.selective_scan.flops import selective_scan_bwd_flops, selective_scan_flops
 from vitzoo.kernels.selective_scan.reference import (
     compute_dtype,
@@ -204,8 +205,6 @@ def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, **optional
     if u.ndim != 3:
         raise ValueError(f"u has shape {tuple(u.shape)}, expected (B, D, L)")
     batch, dim, seqlen = u.shape
-    if A.is_complex():
-        raise ValueError(f"A is {A.dtype}; only a real A is supported")
     if A.ndim != 2 or A.shape[0] != dim:
         raise ValueError(f"A has shape {tuple(A.shape)}, expected (D, N) = ({dim}, N)")
     dstate = A.shape[1]
@@ -258,7 +257,8 @@ def selective_scan(
     Args:
         u: input, (B, D, L), float32, float64, bfloat16 or float16.
         delta: step size before bias and softplus, (B, D, L).
-        A: rates of the states, (D, N), real; negative where states decay.
+        A: rates of the states, (D, N), real; negative where states decay. A complex A runs in torch operations, with B
+            and C in the form that `complex.py` describes.
         B: how the input enters the state: (B, N, L) shared by all channels, (B, G, N, L) with channel d in group
             d // (D / G), or constant (D, N).
         C: how the state is read, in any of the forms of B.
@@ -278,6 +278,13 @@ def selective_scan(
 
     Source: Mamba (arXiv 2312.00752), Algorithm 2; state-spaces/mamba, selective_scan_ref.
     """
+    if A.is_complex():
+        if forced_backend() not in (None, "reference"):
+            raise BackendError(
+                f"backend {forced_backend()!r} was asked for but takes no complex A ({A.dtype})"
+            )
+        out, last_state = complex_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return (out, last_state) if return_last_state else out
     _check(u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias)
     if torch.compiler.is_exporting():
         from vitzoo.kernels.selective_scan.onnx import selective_scan_export

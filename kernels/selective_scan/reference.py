@@ -33,7 +33,7 @@ def per_channel(matrix: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     return matrix.repeat_interleave(dim // matrix.shape[1], dim=1).transpose(2, 3)
 
 
-def _states(decay: Tensor, drive: Tensor) -> list[Tensor]:
+def scan_states(decay: Tensor, drive: Tensor) -> list[Tensor]:
     """Return h_1 ... h_L, each (B, D, N), of h_t = decay_t h_{t-1} + drive_t from h_0 = 0."""
     h = decay.new_zeros(decay[:, :, :1].sum(2).shape)
     states = []
@@ -65,7 +65,7 @@ def selective_scan_reference(
     b, c = per_channel(B, dim, dtype), per_channel(C, dim, dtype)
     decay = torch.exp(step.unsqueeze(-1) * A.to(dtype)[:, None, :])  # (B, D, L, N)
     drive = (step * x).unsqueeze(-1) * b  # (B, D, L, N)
-    states = _states(decay, drive)
+    states = scan_states(decay, drive)
     rows = c.expand(-1, -1, len(states), -1).unbind(2)
     outputs = [(h * row).sum(-1) for h, row in zip(states, rows, strict=True)]
     y = torch.stack(outputs, dim=-1) if outputs else x
@@ -121,7 +121,7 @@ def selective_scan_reference_bwd(
     dim = u.shape[1]
     b, c, rate = per_channel(B, dim, dtype), per_channel(C, dim, dtype), A.to(dtype)
     decay = torch.exp(step.unsqueeze(-1) * rate[:, None, :])
-    states = torch.stack(_states(decay, (step * x).unsqueeze(-1) * b), dim=2)  # (B, D, L, N)
+    states = torch.stack(scan_states(decay, (step * x).unsqueeze(-1) * b), dim=2)  # (B, D, L, N)
     dy, dz, dD = dout.to(dtype), None, None
     if z is not None:
         gate = z.to(dtype)

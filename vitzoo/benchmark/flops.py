@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
@@ -77,7 +78,7 @@ class FlopCount:
 
 def count_flops(
     model: nn.Module,
-    input_size: Sequence[int] = (3, 224, 224),
+    input_size: Sequence[int] | None = None,
     batch_size: int = 1,
     scan_convention: str = "exact",
 ) -> FlopCount:
@@ -89,7 +90,8 @@ def count_flops(
 
     Args:
         model: any module that takes one image tensor.
-        input_size: (C, H, W) in pixels.
+        input_size: (C, H, W) in pixels; None for the size the model was built for (timm's models say it), or
+            (3, 224, 224).
         batch_size: images in the batch; the figures are for the whole batch.
         scan_convention: "exact" counts the operations of the sequential recurrence; "paper" takes 9*B*L*D*N
             (+ B*L*D for each of the skip and the gate) *as MACs*, which is what Mamba papers add to theirs,
@@ -102,7 +104,7 @@ def count_flops(
         ValueError: an input size, a batch size or a convention that makes no sense.
         Exception: whatever the model raises for an input of that size.
     """
-    size = _checked_size(input_size)
+    size = _checked_size(get_model_input_config(model)["input_size"] if input_size is None else input_size)
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is not a positive integer")
     if scan_convention not in SCAN_CONVENTIONS:

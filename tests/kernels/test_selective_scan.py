@@ -1,0 +1,344 @@
+"""The selective scan: every backend against the goldens, the float64 reference and the rules of torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitzoo.kernels.common import native
+from vitzoo.kernels.common.backends import BackendError, operators, use_backend
+from vitzoo.kernels.selective_scan import selective_scan
+from vitzoo.kernels.selective_scan.flops import selective_scan_flops
+from vitzoo.kernels.selective_scan.inputs import SHAPES, Shape, make_inputs
+from vitzoo.kernels.selective_scan.reference import selective_scan_reference
+from vitzoo.testing import assert_close_to_reference, assert_golden, fill, image, load_golden
+
+GOLDEN = {c["id"]: c for c in load_golden("ops/selective_scan")["cases"]}
+MAPS = {"identity": lambda x: x, "neg_exp": lambda x: -np.exp(x), "abs": np.abs}
+needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+# relative to norm(exact): rounding of the output to its dtype comes on top of twice the reference's own error
+FLOORS = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    # new memory is filled with NaN, so an output that was not written shows
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _golden_input(spec: dict[str, Any]) -> Tensor:
+    if "real" in spec:
+        return torch.complex(_golden_input(spec["real"]), _golden_input(spec["imag"]))
+    values = MAPS[spec["map"]](spec["scale"] * fill(spec["fill"], spec["shape"]))
+    return torch.from_numpy(np.ascontiguousarray(values.astype(np.float32)))
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", GOLDEN)
+def test_goldens(case: str, backend: str) -> None:
+    golden = GOLDEN[case]
+    inputs = {k: _golden_input(v).requires_grad_() for k, v in golden["inputs"].items()}
+    if golden["A"] == "complex" and backend != "reference":
+        with use_backend(backend), pytest.raises(BackendError, match="takes no complex A"):
+            selective_scan(**inputs, **golden["options"])
+        return
+    with use_backend(backend):
+        out, last = selective_scan(**inputs, **golden["options"], return_last_state=True)
+        (out * image(out.shape, 7)).sum().backward()
+    assert_golden(out, golden["outputs"]["out"], 1e-5, "out")
+    assert_golden(_real(last), golden["outputs"]["last_state"], 1e-5, "last_state")
+    for name, recorded in golden["grads"].items():
+        values = np.asarray(recorded["values"], dtype=np.float64)
+        if np.linalg.norm(values) == 0:  # A of a single token
+            assert float(_real(inputs[name].grad).abs().max()) < 1e-6, name
+        else:
+            assert_golden(_real(inputs[name].grad), recorded, 1e-5, f"gradient of {name}")
+
+
+def _run(inputs: dict[str, Any], weights: Tensor, state_weights: Tensor) -> dict[str, Tensor]:
+    """Return outputs and the gradient of every tensor, from a loss that reads both outputs."""
+    leaves = {
+        k: v.detach().clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()
+    }
+    out, last = selective_scan(**leaves, return_last_state=True)
+    ((out.double() * weights).sum() + (last.double() * state_weights).sum()).backward()
+    grads = {f"gradient of {k}": v.grad for k, v in leaves.items() if isinstance(v, Tensor)}
+    return {"out": out.detach(), "last_state": last.detach(), **grads}
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", FLOORS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_cpu_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    inputs = make_inputs(shape, dtype)
+    weights = image((shape.batch, shape.dim, shape.seqlen), 1).double()
+    state_weights = image((shape.batch, shape.dim, shape.dstate), 2).double()
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    with use_backend("reference"):
+        exact = _run(wide, weights, state_weights)
+        reference = _run(inputs, weights, state_weights)
+    with use_backend("cpu"):
+        ours = _run(inputs, weights, state_weights)
+    for name, value in ours.items():
+        assert value.dtype == reference[name].dtype
+        floor = FLOORS[torch.float32] if value.dtype == torch.float32 else FLOORS[dtype]
+        assert_close_to_reference(value, reference[name], exact[name], floor, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_inputs(backend: str) -> None:
+    inputs = make_inputs(SHAPES["odd"])
+    strided = {
+        k: v.transpose(-1, -2).contiguous().transpose(-1, -2) if isinstance(v, Tensor) and v.ndim > 1 else v
+        for k, v in inputs.items()
+    }
+    assert not strided["u"].is_contiguous()
+    with use_backend(backend):
+        torch.testing.assert_close(selective_scan(**strided), selective_scan(**inputs), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("empty", ["batch", "seqlen"])
+def test_empty_inputs(backend: str, empty: str) -> None:
+    shape = Shape(**{"batch": 2, "dim": 4, "seqlen": 5, "dstate": 3, empty: 0})
+    inputs = {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in make_inputs(shape).items()}
+    with use_backend(backend):
+        out, last = selective_scan(**inputs, return_last_state=True)
+        (out.sum() + last.sum()).backward()
+    assert out.shape == inputs["u"].shape
+    assert not last.any()
+    assert not inputs["A"].grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_inputs_stay_finite(backend: str, dtype: torch.dtype) -> None:
+    # the ranges of a trained Mamba, state-spaces/mamba#72
+    inputs = make_inputs(Shape(2, 24, 61, 16), dtype)
+    inputs["u"], inputs["z"] = inputs["u"] * 15, inputs["z"] * 40
+    inputs["delta"] = inputs["delta"] * 10
+    leaves = {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    with use_backend(backend):
+        out = selective_scan(**leaves)
+        out.float().sum().backward()
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(v.grad).all() for v in leaves.values() if isinstance(v, Tensor))
+
+
+def _small(**changes: Any) -> dict[str, Any]:
+    return {**make_inputs(Shape(2, 6, 5, 3)), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"u": torch.zeros(6, 5)}, r"u has shape \(6, 5\), expected \(B, D, L\)"),
+        ({"delta": torch.zeros(2, 6, 4)}, r"delta has shape \(2, 6, 4\), expected that of u"),
+        ({"A": torch.zeros(5, 3)}, r"A has shape \(5, 3\), expected \(D, N\) = \(6, N\)"),
+        ({"B": torch.zeros(2, 4, 5)}, r"B has shape \(2, 4, 5\), expected \(B, N, L\) = \(2, 3, 5\)"),
+        ({"C": torch.zeros(2, 4, 3, 5)}, r"C has shape .* G a divisor of 6"),
+        ({"D": torch.zeros(5)}, r"D has shape \(5,\), expected \(D,\) = \(6,\)"),
+        ({"z": torch.zeros(2, 6, 6)}, r"z has shape \(2, 6, 6\)"),
+        ({"u": torch.zeros(2, 6, 5, dtype=torch.int64)}, "u is torch.int64, expected a floating-point dtype"),
+        ({"A": torch.zeros(6, 3, device="meta")}, "A is on meta, expected the device of u"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else next(iter(v)),
+)
+def test_refused_inputs(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**_small(**changes))
+
+
+# opcheck itself looks at the gradient of clones
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["tiny", "groups", "constant", "plain"])
+def test_opcheck(name: str, backend: str) -> None:
+    inputs = make_inputs(SHAPES[name], torch.float64)
+    inputs = {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus")
+    with use_backend(backend):
+        torch.library.opcheck(torch.ops.vitzoo.selective_scan.default, tuple(inputs.get(n) for n in names))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(1, 2, 4, 2), Shape(2, 4, 3, 2, groups=2), Shape(1, 3, 3, 2, groups=-1)],
+    ids=["", "groups", "const"],
+)
+def test_gradcheck(shape: Shape, backend: str) -> None:
+    inputs = make_inputs(shape, torch.float64)
+    softplus = inputs.pop("delta_softplus")
+    names = [k for k, v in inputs.items() if v is not None]
+
+    def scan(*tensors: Tensor) -> Any:
+        return selective_scan(
+            **dict(zip(names, tensors, strict=True)), delta_softplus=softplus, return_last_state=True
+        )
+
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(scan, [inputs[k].double().requires_grad_() for k in names])
+
+
+def test_gradcheck_of_the_reference() -> None:
+    inputs = make_inputs(Shape(1, 2, 4, 2), torch.float64)
+    names = [k for k, v in inputs.items() if isinstance(v, Tensor)]
+
+    def scan(*tensors: Tensor) -> Any:
+        return selective_scan_reference(**dict(zip(names, tensors, strict=True)), delta_softplus=True)
+
+    assert torch.autograd.gradcheck(scan, [inputs[k].double().requires_grad_() for k in names])
+
+
+def test_second_derivatives_are_refused() -> None:
+    inputs = _small()
+    u = inputs.pop("u").requires_grad_()
+    (grad,) = torch.autograd.grad(selective_scan(u, **inputs).square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+class _Mixer(nn.Module):
+    """Both directions as two groups of one scan, as Vim uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A = nn.Parameter(-torch.rand(8, 4) - 0.1)
+        self.D = nn.Parameter(torch.ones(8))
+        self.project = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, 8)
+        u = x.transpose(1, 2)
+        b, c = self.project(x).transpose(1, 2).unflatten(1, (2, 2, 4)).unbind(1)
+        return selective_scan(u, u.abs(), self.A, b, c, self.D, u, delta_softplus=True)
+
+
+def test_compiles_whole_forward_and_backward() -> None:
+    torch.manual_seed(0)
+    mixer, x = _Mixer(), image((2, 9, 8))
+    torch.compiler.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+    grads = []
+    for module in (mixer, compiled):
+        mixer.zero_grad()
+        out = module(x)
+        out.square().sum().backward()
+        grads.append([out, *(p.grad.clone() for p in mixer.parameters())])
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_exports_to_one_onnx_scan(tmp_path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    mixer, path = _Mixer().eval(), tmp_path / "mixer.onnx"
+    with torch.no_grad():
+        program = torch.onnx.export(
+            mixer,
+            (image((2, 9, 8)),),
+            dynamo=True,
+            dynamic_shapes=({0: "batch"},),
+            opset_version=20,
+            verbose=False,
+        )
+    program.save(path)
+    assert [n.op_type for n in program.model.graph].count("Scan") == 1
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        x = image((batch, 9, 8), batch)
+        (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(out, mixer(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_flops_are_counted() -> None:
+    # 7 a state and token (exp and product for the decay, product for the drive, product and sum for the
+    # recurrence, product and sum for the output), counted by hand for each option
+    shape = Shape(2, 6, 5, 3, has_D=False, has_z=False, has_delta_bias=False, delta_softplus=False)
+    states, tokens = 2 * 6 * 5 * 3, 2 * 6 * 5
+    bare = selective_scan_flops(2, 6, 5, 3)
+    assert 7 * states <= bare <= 7 * states + 2 * tokens
+    assert selective_scan_flops(2, 6, 5, 3, has_D=True, convention="paper") == 9 * states + tokens
+    with FlopCounterMode(display=False) as counter:
+        selective_scan(**make_inputs(shape))
+    assert counter.get_total_flops() == bare
+
+
+def test_autocast_keeps_the_state_wide() -> None:
+    inputs = _small()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, last = selective_scan(**inputs, return_last_state=True)
+    expected = selective_scan(**inputs)
+    assert last.dtype == torch.float32
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_forced_backend_that_cannot_run_is_an_error() -> None:
+    with (
+        use_backend("cuda"),
+        pytest.raises(BackendError, match=r"'cuda' was asked for but .* no such backend"),
+    ):
+        selective_scan(**_small())
+    with pytest.raises(ValueError, match="unknown backend 'fast'"), use_backend("fast"):
+        pass
+
+
+def test_every_backend_gives_its_reason() -> None:
+    for backend in operators["selective_scan"].backends:
+        reason = backend.why_not()
+        assert reason is None or (len(reason) > 20 and not reason.endswith("."))
+
+
+_FORCED = """
+import torch, warnings
+from vitzoo.kernels.common import native
+from vitzoo.kernels.selective_scan import selective_scan
+from vitzoo.kernels.selective_scan.inputs import SHAPES, make_inputs
+inputs = make_inputs(SHAPES["odd"])
+leaves = {k: v.requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+out = selective_scan(**leaves)
+out.square().sum().backward()
+print(native.cpu_isa(), float(out.double().sum()), float(leaves["A"].grad.double().sum()))
+"""
+
+
+def _in_a_process(**env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _FORCED], capture_output=True, text=True, env={**os.environ, **env}
+    )
+
+
+@needs_extension
+def test_every_instruction_set_of_this_cpu_agrees() -> None:
+    best = native.cpu_isa()
+    results = {}
+    for isa in ("baseline", "avx2", "avx512")[: ("baseline", "avx2", "avx512").index(best) + 1]:
+        done = _in_a_process(VITZOO_CPU_ISA=isa)
+        assert done.returncode == 0, done.stderr
+        name, out, grad = done.stdout.split()
+        assert name == isa
+        results[isa] = (float(out), float(grad))
+    for values in results.values():
+        np.testing.assert_allclose(values, results[best], rtol=1e-4)
+
+
+@needs_extension
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    done = _in_a_process(VITZOO_CPU_ISA="avx1024")
+    assert done.returncode != 0
+    assert "avx1024" in done.stderr
