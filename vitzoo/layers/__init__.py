@@ -2,5 +2,6 @@
 
 from vitzoo.layers.attention import HiLo
 from vitzoo.layers.conv import DeformConv2d
+from vitzoo.layers.polyphase import polyphase_anchor
 
-__all__ = ["DeformConv2d", "HiLo"]
+__all__ = ["DeformConv2d", "HiLo", "polyphase_anchor"]

@@ -25,6 +25,7 @@ from timm.layers import (
     Mlp,
     QuickGELU,
     calculate_drop_path_rates,
+    register_notrace_module,
     to_2tuple,
     trunc_normal_,
     use_fused_attn,
@@ -40,6 +41,7 @@ from vitzoo.registry import Family, Published, Tag, register_family
 _MIN_SIZE = 3  # the first convolution, 7x7 with padding 2, needs as much
 
 
+@register_notrace_module
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, eps 1e-5, computed in float32 under half precision too."""
 

@@ -10,9 +10,9 @@ Shifts accumulate and are never undone, as in the code: tokens and feature maps 
 the input, each stage by its own amount, which `forward_features(x, return_anchors=True)` tells. timm's tests
 count Twins among the token models.
 
-One deviation, at initialisation only: the norms of the embeddings start at weights around one, not at one. After
-a norm of equal weights all tokens have the same length, so that a window's phases tie to seven digits and rounding
-would choose the anchors of an untrained model, otherwise in each runtime.
+One deviation, at initialisation only: the norms of the embeddings start at weights around one, not at one.
+After a norm of equal weights all tokens have the same length, so that a window's phases tie to seven digits
+and rounding would choose the anchors of an untrained model, otherwise in each runtime.
 
 Legend: B batch, C channels, H W height and width, L tokens.
 """
@@ -265,6 +265,11 @@ class PolyTwins(Twins):
         x, _, anchors = self._stages(x, len(self.blocks))
         x = self.norm(x)
         return (x, torch.stack(anchors, dim=1)) if return_anchors else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, num_classes) of an image (B, in_chans, H, W)."""
+        # as timm's, but defined here: FX keeps whole only functions that it meets in the file of `forward`
+        return cast(Tensor, self.forward_head(self.forward_features(x)))
 
     def forward_intermediates(
         self,

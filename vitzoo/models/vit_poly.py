@@ -141,6 +141,11 @@ class PolyViT(VisionTransformer):
         x = super().forward_features(x, attn_mask, is_causal)
         return (x, anchors[:, None]) if return_anchors else x
 
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return logits (B, num_classes) of an image (B, in_chans, H, W); arguments as in timm's ViT."""
+        # as timm's, but defined here: FX keeps whole only functions that it meets in the file of `forward`
+        return cast(Tensor, self.forward_head(self.forward_features(x, attn_mask, is_causal)))
+
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what timm's ViT returns; maps are shifted circularly against the input.
 
