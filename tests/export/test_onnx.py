@@ -17,12 +17,19 @@ from vitzoo.testing import image, relative_difference
 
 ort = pytest.importorskip("onnxruntime", reason="needs the ONNX packages: pip install 'vitzoo[onnx]'")
 
-# the smallest variant of each family that has all its kinds of layers, on a small image where it takes one
+# a shallow model of each family with all its kinds of layers, on a small image where it takes one; test_every_variant
+# takes them as published
 QUICK = {
-    "cvt": ("cvt_13", {}, 96),
-    "evit": ("evit_tiny_patch16_224", {"img_size": 96, "fuse_token": True}, 96),
-    "litv2": ("litv2_small", {}, 64),
+    "cvt": ("cvt_13", {"depths": (1, 1, 2)}, 96),
+    "evit": (
+        "evit_tiny_patch16_224",
+        {"img_size": 96, "depth": 4, "drop_loc": (1, 2), "fuse_token": True},
+        96,
+    ),
+    "litv2": ("litv2_small", {"depths": (1, 1, 2, 1)}, 64),
     "vim": ("vim_tiny_patch16_224", {"img_size": 64, "depth": 4}, 64),
+    "twins_poly": ("twins_svt_small_poly", {"depths": (1, 1, 2, 1)}, 224),
+    "vit_poly": ("vit_small_patch16_224_poly", {"depth": 3}, 224),
 }
 OURS = [m for f in vitzoo.registry.families() if f.origin == "vitzoo" for m in f.models]
 
