@@ -192,9 +192,10 @@ def check_name(name: str) -> str:
     model, tag = _split(name)
     if not is_model(model):
         known = list(dict.fromkeys([*_model_to_family, *timm_list_models()]))
-        close = difflib.get_close_matches(model, known, n=5, cutoff=0.5)
-        starts = [m for m in known if m not in close and model and (model in m or m.startswith(model[:3]))]
-        close += starts[: max(2, 5 - len(close))]
+        holding = [m for m in known if model and model in m][:4]
+        similar = difflib.get_close_matches(model, known, n=5, cutoff=0.5)
+        starting = [m for m in known if model and m.startswith(model[:3])]
+        close = list(dict.fromkeys([*holding, *similar, *starting]))[:6]
         hint = f"did you mean {', '.join(close)}?" if close else "vitzoo.list_models() lists what there is"
         raise UnknownModelError(f"unknown model {name!r}: {hint}")
     if tag and name not in (tagged := get_arch_pretrained_cfgs(model)):

@@ -1,0 +1,153 @@
+"""The command line: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import vitzoo
+from vitzoo.cli import app
+
+SMALL = ["-k", "depth=1", "--img-size", "32"]
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def _json(*arguments: str):
+    result = _run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_list() -> None:
+    rows = _json("list", "*vim*", "--category", "scan")
+    assert [r["model"] for r in rows] == vitzoo.list_models("*vim*", category="scan")
+    assert {"vim_tiny_patch16_224", "efficientvim_m1"} <= {r["model"] for r in rows}
+    assert "vim_tiny_patch16_224" in _run("list", "vim*").stdout
+
+
+def test_info() -> None:
+    info = _json("info", "evit_small_patch16_224")
+    assert info["params"] == 22_050_664
+    assert len([c for c in info["checkpoints"] if "keep" in c["name"]]) == 10
+    assert "2202.07800" in _run("info", "evit_small_patch16_224").stdout
+
+
+def test_flops() -> None:
+    count = _json("flops", "vim_tiny_patch16_224", *SMALL)
+    model = vitzoo.create_model("vim_tiny_patch16_224", depth=1, img_size=32)
+    assert count["gmacs"] == vitzoo.count_flops(model, (3, 32, 32)).gmacs
+    assert count["gflops"] == 2 * count["gmacs"]
+    assert count["uncounted_ops"] == []
+    assert "kind: scan" in _run("flops", "vim_tiny_patch16_224", *SMALL).stdout
+
+
+def test_flops_warns_of_what_it_cannot_count(monkeypatch) -> None:
+    from vitzoo.benchmark import flops
+
+    counted = flops.FlopCount(macs=1, params=1, input_size=(3, 8, 8), uncounted_ops=["mine::op"])
+    monkeypatch.setattr(flops, "count_flops", lambda *args, **kwargs: counted)
+    result = _run("flops", "vim_tiny_patch16_224", *SMALL, "--json")
+    assert json.loads(result.stdout)["uncounted_ops"] == ["mine::op"]
+    assert "not counted" in result.stderr
+    assert "mine::op" in result.stderr
+
+
+def test_bench() -> None:
+    names = ["vim_tiny_patch16_224", "vim_small_patch16_224"]
+    found = _json("bench", *names, *SMALL, "--seconds", "0.05", "-b", "2")
+    assert [r["model"] for r in found["rows"]] == names
+    for row in found["rows"]:
+        assert row["infer_batch_size"] == 2
+        assert row["infer_samples_per_sec"] == pytest.approx(2e3 / row["infer_step_time"])
+        assert row["p50_ms"] <= row["p90_ms"]
+    assert found["machine"]["cpu"]["flags"]
+
+
+def test_bench_goes_on_after_a_model_that_fails() -> None:
+    result = _run(
+        "bench", "vim_tiny_patch16_224", "litv2_small", "-k", "depth=1", "--seconds", "0.05", "--json"
+    )
+    rows = json.loads(result.stdout)["rows"]
+    assert result.exit_code == 1
+    assert "error" not in rows[0]
+    assert "depth" in rows[1]["error"]
+
+
+def test_export(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "m.onnx"
+    report = _json("export", "vim_tiny_patch16_224", *SMALL, "-o", str(path))
+    assert path.stat().st_size == report["size_bytes"]
+    assert report["nodes"]["Scan"] == 1
+    assert report["max_relative_difference"] < 1e-4
+
+
+def test_export_of_a_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = vitzoo.create_model("vim_tiny_patch16_224", depth=1, img_size=32, num_classes=5)
+    torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
+    weights, path = tmp_path / "w.pth", tmp_path / "m.onnx"
+    _json("export", "vim_tiny_patch16_224", *SMALL, "--checkpoint", str(weights), "-o", str(path))
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    (logits,) = session.run(None, {"input": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_doctor() -> None:
+    found = _json("doctor")
+    entry = next(e for e in found["operators"] if e["operator"] == "selective_scan")
+    assert entry["backends"]["reference"] is None
+    assert entry["runs"] == ("cpu" if found["extension"]["loaded"] else "reference")
+    assert found["extension"]["loaded"] == (found["extension"]["why_not"] is None)
+    assert found["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert "operators" in _run("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["info", "vim_tiny"], 1, "did you mean vim_tiny_patch16_224"),
+        (["list", "--category", "fast"], 1, "unknown category 'fast'"),
+        (["flops", "litv2_small", "-k", "alpha"], 2, "not of the form name=value"),
+        (["flops", "litv2_small", "-k", "alfa=1"], 1, "alfa"),
+        (["flops", "litv2_small", "--img-size", "0"], 2, "neither a side in pixels nor HxW"),
+        (["bench", "litv2_small", "-b", "0"], 1, "batch_size 0 is not a positive integer"),
+        (["export", "litv2_small", "--format", "tflite"], 2, "only onnx"),
+        (["export", "vim_tiny_patch16_224", *SMALL, "-o", "nowhere/m.onnx"], 1, "nowhere"),
+        (["export", "litv2_small", "--checkpoint", "nowhere.pth"], 1, "no checkpoint file at nowhere.pth"),
+        (["evit_small_patch16_224"], 2, "No such command"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_errors_say_what_to_do(arguments: list[str], code: int, message: str) -> None:
+    result = _run(*arguments)
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["list", "info", "flops", "bench", "export", "demo", "doctor"])
+def test_help_has_an_example(command: str) -> None:
+    result = _run(command, "--help")
+    assert result.exit_code == 0
+    assert f"vitzoo {command}" in result.stdout.split("Example")[1]
+
+
+def test_json_is_all_that_a_process_prints(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vitzoo", "flops", "vim_tiny_patch16_224", *SMALL, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout)["model"] == "vim_tiny_patch16_224"
