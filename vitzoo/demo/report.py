@@ -58,8 +58,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     load, cores = result["load_before"], result["machine"]["cpu"]["usable_cores"]
     if load is not None and load > 0.5 * cores:
         found.append(
-            f"other programs kept this machine busy when the demo began (load {load:.1f} on {cores} cores): "
-            "times are longer than they should be, PyTorch's with several threads most of all"
+            f"Load {load:.1f} on {cores} cores when the demo began: other programs lengthen these times, most of "
+            "all PyTorch's with several threads"
         )
     for row in result["models"]:
         _, _, reason = row.get("weights", "").partition("; ")
@@ -77,9 +77,9 @@ def _table(result: dict[str, Any]) -> Any:
 
     title = "One backbone of each category on a photograph"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("model\ncategory", min_width=22, overflow="fold")
+    table.add_column("model\ncategory", min_width=26, overflow="fold")
     eager = ("params\nM", "GMACs", "latency\nms (IQR)", "images\n/s")
-    for name in (*eager, "ONNX\nMB", "ONNX\nms (IQR)", "ONNX\ndiff"):
+    for name in (*eager, "ONNX\nms (IQR)", "ONNX\ndiff"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result["models"]:
         start = f"{row['model']}\n[dim]{', '.join(row['categories'])}[/dim]"
@@ -93,7 +93,6 @@ def _table(result: dict[str, Any]) -> Any:
             f"{row['gmacs']:.2f}",
             _spread(row["latency_ms"]),
             f"{row['images_per_second']:.1f}",
-            f"{onnx['size_bytes'] / 1e6:.1f}",
             _spread(onnx["latency_ms"]),
             f"{onnx['photo_relative_difference']:.0e}",
         )
