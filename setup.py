@@ -30,6 +30,14 @@ COMPILE_ARGS = [
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-Wno-maybe-uninitialized",  # a false positive in GCC 12's own AVX-512 header
+]
+    "-O3",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
 ]
 
 

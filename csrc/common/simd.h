@@ -3,6 +3,10 @@
 // that each translation unit keeps its own copy.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "view.h"
 
 #ifndef VITZOO_VECTOR_BYTES
@@ -50,17 +54,50 @@ VITZOO_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
-// The orders of the operands matter: a NaN in x comes out.
+// max(low, x) and min(high, x); a NaN in x comes out. x86 has these very instructions, but GCC makes a comparison and a
+// blend of the portable form, which cost the scan a tenth of its speed.
+#if defined(__x86_64__)
+#if VITZOO_VECTOR_BYTES == 64
+#define VITZOO_X86(name) _mm512_##name
+#define VITZOO_X86_TYPE(suffix) __m512##suffix
+#elif VITZOO_VECTOR_BYTES == 32
+#define VITZOO_X86(name) _mm256_##name
+#define VITZOO_X86_TYPE(suffix) __m256##suffix
+#else
+#define VITZOO_X86(name) _mm_##name
+#define VITZOO_X86_TYPE(suffix) __m128##suffix
+#endif
+VITZOO_INLINE Vec<float> larger(Vec<float> low, Vec<float> x) {
+  return (Vec<float>)VITZOO_X86(max_ps)((VITZOO_X86_TYPE())low, (VITZOO_X86_TYPE())x);
+}
+VITZOO_INLINE Vec<double> larger(Vec<double> low, Vec<double> x) {
+  return (Vec<double>)VITZOO_X86(max_pd)((VITZOO_X86_TYPE(d))low, (VITZOO_X86_TYPE(d))x);
+}
+VITZOO_INLINE Vec<float> smaller(Vec<float> high, Vec<float> x) {
+  return (Vec<float>)VITZOO_X86(min_ps)((VITZOO_X86_TYPE())high, (VITZOO_X86_TYPE())x);
+}
+VITZOO_INLINE Vec<double> smaller(Vec<double> high, Vec<double> x) {
+  return (Vec<double>)VITZOO_X86(min_pd)((VITZOO_X86_TYPE(d))high, (VITZOO_X86_TYPE(d))x);
+}
+#else
+template <class V>
+VITZOO_INLINE V larger(V low, V x) {
+  return low > x ? low : x;
+}
+template <class V>
+VITZOO_INLINE V smaller(V high, V x) {
+  return high < x ? high : x;
+}
+#endif
+
 template <class T>
 VITZOO_INLINE Vec<T> at_least(Vec<T> x, T low) {
-  const Vec<T> l = broadcast<T>(low);
-  return l > x ? l : x;
+  return larger(broadcast<T>(low), x);
 }
 
 template <class T>
 VITZOO_INLINE Vec<T> at_most(Vec<T> x, T high) {
-  const Vec<T> h = broadcast<T>(high);
-  return h < x ? h : x;
+  return smaller(broadcast<T>(high), x);
 }
 
 // 2^f on [-1/2, 1/2]: minimax with p(0) = 1, relative error 2e-9; for double the Taylor series to degree 13, 4e-18.
@@ -220,18 +257,28 @@ VITZOO_INLINE void narrow(float x, Float16* out) {  // to nearest, ties to even
 }
 
 template <class T, class S>
+constexpr bool kSameType = false;
+template <class T>
+constexpr bool kSameType<T, T> = true;
+
+// `count` of W elements; the other lanes are zero.
+template <class T, class S>
 VITZOO_INLINE Vec<T> load_row(const S* p, int count) {
   constexpr int W = Simd<T>::W;
-  Vec<T> out{};
-  T values[W] = {};
+  Vec<T> out;
   if (count == W) {
-    for (int i = 0; i < W; ++i) {
-      values[i] = widen(p[i]);
+    if constexpr (kSameType<T, S>) {
+      __builtin_memcpy(&out, p, sizeof(out));
+    } else {
+      for (int i = 0; i < W; ++i) {
+        out[i] = widen(p[i]);
+      }
     }
-  } else {
-    for (int i = 0; i < count; ++i) {
-      values[i] = widen(p[i]);
-    }
+    return out;
+  }
+  T values[W] = {};
+  for (int i = 0; i < count; ++i) {
+    values[i] = widen(p[i]);
   }
   __builtin_memcpy(&out, values, sizeof(out));
   return out;
@@ -240,16 +287,16 @@ VITZOO_INLINE Vec<T> load_row(const S* p, int count) {
 template <class T, class S>
 VITZOO_INLINE void store_row(S* p, Vec<T> v, int count) {
   constexpr int W = Simd<T>::W;
+  if constexpr (kSameType<T, S>) {
+    if (count == W) {
+      __builtin_memcpy(p, &v, sizeof(v));
+      return;
+    }
+  }
   T values[W];
   __builtin_memcpy(values, &v, sizeof(v));
-  if (count == W) {
-    for (int i = 0; i < W; ++i) {
-      narrow(values[i], p + i);
-    }
-  } else {
-    for (int i = 0; i < count; ++i) {
-      narrow(values[i], p + i);
-    }
+  for (int i = 0; i < count; ++i) {
+    narrow(values[i], p + i);
   }
 }
 

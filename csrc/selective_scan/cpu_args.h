@@ -49,7 +49,7 @@ constexpr int64_t kBackwardTokens = 256;  // tokens whose states a backward pass
 
 // Bytes a thread needs, for the widest vectors (64 bytes).
 inline size_t selective_scan_forward_scratch(int64_t dstate) {
-  return 64 * (4 * size_t(kForwardTokens) + 2 * size_t(dstate));
+  return 64 * (4 * size_t(kForwardTokens + 2) + 2 * size_t(dstate));
 }
 inline size_t selective_scan_backward_scratch(int64_t dstate, int64_t seqlen) {
   const size_t chunks = size_t(seqlen + kBackwardTokens - 1) / size_t(kBackwardTokens);

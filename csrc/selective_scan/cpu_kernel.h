@@ -150,10 +150,11 @@ template <class T, bool CB, bool CC>
 inline void forward_pass(const SelectiveScanArgs& k, int64_t begin, int64_t end, void* scratch) {
   typedef Vec<T> V;
   V* const s = static_cast<V*>(scratch);
-  V* const drive = s + kForwardTokens;
-  V* const y = drive + kForwardTokens;
-  V* const x = y + kForwardTokens;
-  V* const h = x + kForwardTokens;
+  constexpr int64_t stride = kForwardTokens + 2;  // no power of two: loads must not look like the stores of another row
+  V* const drive = s + stride;
+  V* const y = drive + stride;
+  V* const x = y + stride;
+  V* const h = x + stride;
   V* const a2 = h + k.dstate;
   for_tiles<T>(k, begin, end, [&](const Tile& tile) __attribute__((always_inline)) {
     const V bias = load_lanes<T>(k.delta_bias, tile, 1, 0), skip = load_lanes<T>(k.d, tile, 1, 0);

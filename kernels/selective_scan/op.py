@@ -128,7 +128,7 @@ torch.library.register_autograd("vitzoo::selective_scan", _differentiate, setup_
 torch.library.register_autograd("vitzoo::selective_scan_bwd", _no_double_backward, lib=_LIBRARY)
 
 
-def _register_autocast(device_type: str, key: str) -> None:
+def _register_autocast(key: str) -> None:
     """Under autocast keep delta, A, D and delta_bias at least float32; u, B, C and z stay as they come.
 
     torch.library.register_autocast casts every input to one dtype, which would double the memory of u and z.
@@ -157,8 +157,8 @@ def _register_autocast(device_type: str, key: str) -> None:
     _LIBRARY.impl("selective_scan", autocast, key)
 
 
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+_register_autocast("AutocastCPU")
+_register_autocast("AutocastCUDA")
 
 
 def _sizes(u_shape: Any, A_shape: Any) -> tuple[int, int, int, int]:
