@@ -32,13 +32,6 @@ COMPILE_ARGS = [
     "-fno-trapping-math",
     "-Wno-maybe-uninitialized",  # a false positive in GCC 12's own AVX-512 header
 ]
-    "-O3",
-    "-std=c++20",
-    "-fvisibility=hidden",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
 
 
 def why_no_extension() -> str | None:

@@ -76,8 +76,8 @@ class Operator:
             reasons = [
                 f"{forced}: this operator has no such backend, only {', '.join(b.name for b in self.backends)}"
             ]
-        start = f"backend {forced!r} was asked for but" if forced else "no backend"
-        raise BackendError(f"{start} cannot run {self.name}: {'; '.join(reasons)}")
+        start = f"backend {forced!r} was asked for but cannot" if forced else "no backend can"
+        raise BackendError(f"{start} run {self.name}: {'; '.join(reasons)}")
 
 
 def _warn_once(name: str, reasons: list[str]) -> None:
