@@ -25,6 +25,7 @@ packages = [
 TORCH_2_11 = "0x020b000000000000"
 COMPILE_ARGS = [
     "-O3",
+    "-g0",  # Python's own flags ask for debug information, ten times the size
     "-std=c++20",
     "-fvisibility=hidden",
     "-ffp-contract=fast",

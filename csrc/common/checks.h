@@ -1,11 +1,11 @@
 // Helpers between the stable ABI's tensors and the kernels' plain data.
 #pragma once
 
-#include <optional>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <optional>
 
 #include "view.h"
 
@@ -31,7 +31,8 @@ inline Kind kind_of(const Tensor& x, const char* name) {
 }
 
 // A (batch, channel, token) tensor of double if `wide`, of a narrower float type if not.
-inline View view_of(const Tensor& x, const char* name, int64_t batch, int64_t dim, int64_t seqlen, bool wide) {
+inline View view_of(const Tensor& x, const char* name, int64_t batch, int64_t dim, int64_t seqlen,
+                    bool wide) {
   STD_TORCH_CHECK(x.is_cpu(), name, " is not on the CPU");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == batch && x.size(1) == dim && x.size(2) == seqlen, name,
                   " does not have the shape (", batch, ", ", dim, ", ", seqlen, ")");
@@ -45,8 +46,8 @@ inline View view_of(const Tensor& x, const char* name, int64_t batch, int64_t di
   return view;
 }
 
-inline View view_of(const std::optional<Tensor>& x, const char* name, int64_t batch, int64_t dim, int64_t seqlen,
-                    bool wide) {
+inline View view_of(const std::optional<Tensor>& x, const char* name, int64_t batch, int64_t dim,
+                    int64_t seqlen, bool wide) {
   return x.has_value() ? view_of(*x, name, batch, dim, seqlen, wide) : View{};
 }
 

@@ -1,10 +1,10 @@
 #include "isa.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-
-#include <torch/csrc/stable/library.h>
 
 namespace vitzoo {
 namespace {
@@ -46,21 +46,18 @@ Isa cpu_isa() {
       return isa;
     }
   }
-  throw std::runtime_error(std::string("VITZOO_CPU_ISA is ") + wanted + ", not one of baseline, avx2, avx512");
+  throw std::runtime_error(std::string("VITZOO_CPU_ISA is ") + wanted +
+                           ", not one of baseline, avx2, avx512");
 }
 
 namespace {
 
-int64_t cpu_isa_number() {
-  return static_cast<int64_t>(cpu_isa());
-}
+int64_t cpu_isa_number() { return static_cast<int64_t>(cpu_isa()); }
 
 }  // namespace
 }  // namespace vitzoo
 
-STABLE_TORCH_LIBRARY_FRAGMENT(vitzoo_native, m) {
-  m.def("cpu_isa() -> int");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(vitzoo_native, m) { m.def("cpu_isa() -> int"); }
 
 STABLE_TORCH_LIBRARY_IMPL(vitzoo_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&vitzoo::cpu_isa_number));

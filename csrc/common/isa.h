@@ -5,8 +5,9 @@ namespace vitzoo {
 
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 
-// The best set of this CPU, or what VITZOO_CPU_ISA names (baseline, avx2 or avx512); throws std::runtime_error if the
-// name is unknown or the CPU lacks it. Decided at each call, so that a wrong value is an error of the call.
+// The best set of this CPU, or what VITZOO_CPU_ISA names (baseline, avx2 or avx512); throws
+// std::runtime_error if the name is unknown or the CPU lacks it. Decided at each call, so that a wrong value
+// is an error of the call.
 Isa cpu_isa();
 
 const char* isa_name(Isa isa);

@@ -1,6 +1,6 @@
-// Vectors of one instruction set's width, and the elementary functions the kernels need, as plain C++ over compiler
-// vector types. Include after an isa_*.h header (or after none, for the baseline). Everything has internal linkage, so
-// that each translation unit keeps its own copy.
+// Vectors of one instruction set's width, and the elementary functions the kernels need, as plain C++ over
+// compiler vector types. Include after an isa_*.h header (or after none, for the baseline). Everything has
+// internal linkage, so that each translation unit keeps its own copy.
 #pragma once
 
 #if defined(__x86_64__)
@@ -28,7 +28,8 @@ struct Simd<float> {
   typedef int32_t I __attribute__((vector_size(VITZOO_VECTOR_BYTES)));
   static constexpr int W = VITZOO_VECTOR_BYTES / 4;
   static constexpr int mantissa = 23;
-  static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  static constexpr float magic =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   static constexpr float min_exponent = -126.0f, max_exponent = 128.0f;
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
 };
@@ -54,8 +55,8 @@ VITZOO_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
-// max(low, x) and min(high, x); a NaN in x comes out. x86 has these very instructions, but GCC makes a comparison and a
-// blend of the portable form, which cost the scan a tenth of its speed.
+// max(low, x) and min(high, x); a NaN in x comes out. x86 has these very instructions, but GCC makes a
+// comparison and a blend of the portable form, which cost the scan a tenth of its speed.
 #if defined(__x86_64__)
 #if VITZOO_VECTOR_BYTES == 64
 #define VITZOO_X86(name) _mm512_##name
@@ -100,7 +101,8 @@ VITZOO_INLINE Vec<T> at_most(Vec<T> x, T high) {
   return smaller(broadcast<T>(high), x);
 }
 
-// 2^f on [-1/2, 1/2]: minimax with p(0) = 1, relative error 2e-9; for double the Taylor series to degree 13, 4e-18.
+// 2^f on [-1/2, 1/2]: minimax with p(0) = 1, relative error 2e-9; for double the Taylor series to degree 13,
+// 4e-18.
 VITZOO_INLINE Vec<float> exp2_fraction(Vec<float> f) {
   Vec<float> p = f * 1.53533620e-4f + 1.33988739e-3f;
   p = p * f + 9.61843692e-3f;
@@ -132,15 +134,34 @@ VITZOO_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> shifted) {
   return (Vec<T>)((I)p + ((I)shifted << Simd<T>::mantissa));
 }
 
-// 2^x; below the smallest normal number it stays there (1e-38 in float), above the largest it is infinite.
-template <class T>
-VITZOO_INLINE Vec<T> exp2_(Vec<T> x) {
-  x = at_most<T>(at_least<T>(x, Simd<T>::min_exponent), Simd<T>::max_exponent);
-  const Vec<T> shifted = x + Simd<T>::magic;
-  return scale_by_power<T>(exp2_fraction(x - (shifted - Simd<T>::magic)), shifted);
+// 2^(x y). Below the smallest normal number it stays there (1e-38 in float), above the largest it is infinite. Without
+// `Clamp` |x y| must be below kPlainExponent; the product is then not even rounded where there are fused operations.
+template <class T, bool Clamp>
+VITZOO_INLINE Vec<T> exp2_product(Vec<T> x, Vec<T> y) {
+  if constexpr (Clamp) {
+    const Vec<T> z = at_most<T>(at_least<T>(x * y, Simd<T>::min_exponent), Simd<T>::max_exponent);
+    const Vec<T> shifted = z + Simd<T>::magic;
+    return scale_by_power<T>(exp2_fraction(z - (shifted - Simd<T>::magic)), shifted);
+  } else {
+    const Vec<T> shifted = x * y + Simd<T>::magic;
+    return scale_by_power<T>(exp2_fraction(x * y - (shifted - Simd<T>::magic)), shifted);
+  }
 }
 
-// e^x for x <= 0, to the last bit or two also where x is large: the argument is reduced before it is multiplied.
+template <class T>
+constexpr T kPlainExponent = Simd<T>::max_exponent - 3;
+
+template <class T>
+VITZOO_INLINE bool all_below(Vec<T> x, T limit) {
+  bool below = true;
+  for (int i = 0; i < Simd<T>::W; ++i) {
+    below = below && x[i] < limit;
+  }
+  return below;
+}
+
+// e^x for x <= 0, to the last bit or two also where x is large: the argument is reduced before it is
+// multiplied.
 template <class T>
 VITZOO_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   x = at_least<T>(x, Simd<T>::min_exponent * T(0.6931471805599453));
@@ -194,7 +215,8 @@ VITZOO_INLINE Vec<T> sigmoid(Vec<T> x) {
   return x >= T(0) ? s : e * s;
 }
 
-// Elements in memory -------------------------------------------------------------------------------------------------
+// Elements in memory
+// -------------------------------------------------------------------------------------------------
 
 struct BFloat16 {
   uint16_t bits;
@@ -211,15 +233,9 @@ VITZOO_INLINE To bit_cast(From x) {
   return out;
 }
 
-VITZOO_INLINE float widen(float x) {
-  return x;
-}
-VITZOO_INLINE double widen(double x) {
-  return x;
-}
-VITZOO_INLINE float widen(BFloat16 x) {
-  return bit_cast<float>(uint32_t(x.bits) << 16);
-}
+VITZOO_INLINE float widen(float x) { return x; }
+VITZOO_INLINE double widen(double x) { return x; }
+VITZOO_INLINE float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 VITZOO_INLINE float widen(Float16 x) {
   // The exponent is rebased by a multiplication, which also normalises subnormal numbers.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
@@ -228,12 +244,8 @@ VITZOO_INLINE float widen(Float16 x) {
   return bit_cast<float>(bit_cast<uint32_t>(scaled) | special | (uint32_t(x.bits & 0x8000) << 16));
 }
 
-VITZOO_INLINE void narrow(float x, float* out) {
-  *out = x;
-}
-VITZOO_INLINE void narrow(double x, double* out) {
-  *out = x;
-}
+VITZOO_INLINE void narrow(float x, float* out) { *out = x; }
+VITZOO_INLINE void narrow(double x, double* out) { *out = x; }
 VITZOO_INLINE void narrow(float x, BFloat16* out) {  // to nearest, ties to even
   const uint32_t bits = bit_cast<uint32_t>(x);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
@@ -300,7 +312,8 @@ VITZOO_INLINE void store_row(S* p, Vec<T> v, int count) {
   }
 }
 
-// Transposes ---------------------------------------------------------------------------------------------------------
+// Transposes
+// ---------------------------------------------------------------------------------------------------------
 
 template <int... I>
 struct Lanes {};
@@ -311,7 +324,8 @@ struct MakeLanes<0, I...> {
   using type = Lanes<I...>;
 };
 
-// Lanes whose number has bit K come from b resp. stay, the others stay resp. come from a: one step of a transpose.
+// Lanes whose number has bit K come from b resp. stay, the others stay resp. come from a: one step of a
+// transpose.
 template <int K, class V, int... I>
 VITZOO_INLINE V merge_low(V a, V b, Lanes<I...>) {
   constexpr int W = sizeof...(I);
@@ -357,11 +371,12 @@ VITZOO_INLINE Vec<T> sum_lanes(Vec<T>* v) {
   }
 }
 
-// Tiles: W channels in the lanes, one vector a token -----------------------------------------------------------------
+// Tiles: W channels in the lanes, one vector a token
+// -----------------------------------------------------------------
 
 template <class T, class S>
-inline void load_tile_of(const View& view, int64_t batch, int64_t channel, int width, int64_t token, int64_t count,
-                         Vec<T>* out) {
+inline void load_tile_of(const View& view, int64_t batch, int64_t channel, int width, int64_t token,
+                         int64_t count, Vec<T>* out) {
   constexpr int W = Simd<T>::W;
   const S* const p =
       static_cast<const S*>(view.data) + batch * view.batch + channel * view.channel + token * view.token;
@@ -396,7 +411,8 @@ inline void load_tile_of(const View& view, int64_t batch, int64_t channel, int w
 }
 
 template <class T, class S>
-inline void store_tile_of(const View& view, int64_t batch, int64_t channel, int width, int64_t token, int64_t count,
+inline void store_tile_of(const View& view, int64_t batch, int64_t channel, int width, int64_t token,
+                          int64_t count,
                           const Vec<T>* in) {  // view.token must be 1
   constexpr int W = Simd<T>::W;
   S* const p = static_cast<S*>(view.data) + batch * view.batch + channel * view.channel + token;
@@ -413,13 +429,13 @@ inline void store_tile_of(const View& view, int64_t batch, int64_t channel, int 
   }
 }
 
-inline void load_tile(const View& view, int64_t batch, int64_t channel, int width, int64_t token, int64_t count,
-                      Vec<double>* out) {
+inline void load_tile(const View& view, int64_t batch, int64_t channel, int width, int64_t token,
+                      int64_t count, Vec<double>* out) {
   load_tile_of<double, double>(view, batch, channel, width, token, count, out);
 }
 
-inline void load_tile(const View& view, int64_t batch, int64_t channel, int width, int64_t token, int64_t count,
-                      Vec<float>* out) {
+inline void load_tile(const View& view, int64_t batch, int64_t channel, int width, int64_t token,
+                      int64_t count, Vec<float>* out) {
   switch (view.kind) {
     case Kind::bf16:
       return load_tile_of<float, BFloat16>(view, batch, channel, width, token, count, out);
@@ -430,13 +446,13 @@ inline void load_tile(const View& view, int64_t batch, int64_t channel, int widt
   }
 }
 
-inline void store_tile(const View& view, int64_t batch, int64_t channel, int width, int64_t token, int64_t count,
-                       const Vec<double>* in) {
+inline void store_tile(const View& view, int64_t batch, int64_t channel, int width, int64_t token,
+                       int64_t count, const Vec<double>* in) {
   store_tile_of<double, double>(view, batch, channel, width, token, count, in);
 }
 
-inline void store_tile(const View& view, int64_t batch, int64_t channel, int width, int64_t token, int64_t count,
-                       const Vec<float>* in) {
+inline void store_tile(const View& view, int64_t batch, int64_t channel, int width, int64_t token,
+                       int64_t count, const Vec<float>* in) {
   switch (view.kind) {
     case Kind::bf16:
       return store_tile_of<float, BFloat16>(view, batch, channel, width, token, count, in);

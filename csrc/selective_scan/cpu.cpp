@@ -1,5 +1,5 @@
-// vitzoo_native::selective_scan_fwd and selective_scan_bwd on the CPU. kernels/selective_scan/cpu.py allocates every
-// output and brings the small tensors to the compute type; shapes are in cpu_args.h.
+// vitzoo_native::selective_scan_fwd and selective_scan_bwd on the CPU. kernels/selective_scan/cpu.py
+// allocates every output and brings the small tensors to the compute type; shapes are in cpu_args.h.
 
 #include <memory>
 #include <new>
@@ -15,9 +15,7 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 struct Freed {
-  void operator()(void* p) const {
-    ::operator delete(p, std::align_val_t(64));
-  }
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
 void run(SelectiveScanPass pass, const SelectiveScanArgs& args, size_t scratch_bytes) {
@@ -28,9 +26,9 @@ void run(SelectiveScanPass pass, const SelectiveScanArgs& args, size_t scratch_b
   });
 }
 
-SelectiveScanArgs inputs(const Tensor& u, const Tensor& delta, const Tensor& a, const Tensor& b, const Tensor& c,
-                         const Optional& d, const Optional& z, const Optional& delta_bias, bool delta_softplus,
-                         int64_t part_channels) {
+SelectiveScanArgs inputs(const Tensor& u, const Tensor& delta, const Tensor& a, const Tensor& b,
+                         const Tensor& c, const Optional& d, const Optional& z, const Optional& delta_bias,
+                         bool delta_softplus, int64_t part_channels) {
   SelectiveScanArgs k{};
   STD_TORCH_CHECK(u.dim() == 3 && a.dim() == 2, "u must be (B, D, L) and A (D, N)");
   k.batch = u.size(0);
@@ -40,7 +38,8 @@ SelectiveScanArgs inputs(const Tensor& u, const Tensor& delta, const Tensor& a, 
   k.constant_b = b.dim() == 2;
   k.constant_c = c.dim() == 2;
   k.groups = !k.constant_b ? b.size(1) : !k.constant_c ? c.size(1) : 1;
-  STD_TORCH_CHECK(k.groups > 0 && k.dim % k.groups == 0 && part_channels > 0, "groups do not divide the channels");
+  STD_TORCH_CHECK(k.groups > 0 && k.dim % k.groups == 0 && part_channels > 0,
+                  "groups do not divide the channels");
   k.group_channels = k.dim / k.groups;
   k.part_channels = part_channels;
   k.parts = (k.group_channels + part_channels - 1) / part_channels;
@@ -76,10 +75,10 @@ void selective_scan_fwd_cpu(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c
   run(wide ? kernels.forward_f64 : kernels.forward_f32, k, selective_scan_forward_scratch(k.dstate));
 }
 
-void selective_scan_bwd_cpu(Tensor dout, Optional dlast_state, Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c,
-                            Optional d, Optional z, Optional delta_bias, bool delta_softplus, int64_t part_channels,
-                            Tensor du, Tensor ddelta, Tensor da, Tensor db, Tensor dc, Optional dd, Optional dz,
-                            Optional ddelta_bias) {
+void selective_scan_bwd_cpu(Tensor dout, Optional dlast_state, Tensor u, Tensor delta, Tensor a, Tensor b,
+                            Tensor c, Optional d, Optional z, Optional delta_bias, bool delta_softplus,
+                            int64_t part_channels, Tensor du, Tensor ddelta, Tensor da, Tensor db, Tensor dc,
+                            Optional dd, Optional dz, Optional ddelta_bias) {
   SelectiveScanArgs k = inputs(u, delta, a, b, c, d, z, delta_bias, delta_softplus, part_channels);
   const bool wide = k.u.kind == Kind::f64;
   const int64_t states = k.batch * k.dim * k.dstate;
@@ -97,7 +96,8 @@ void selective_scan_bwd_cpu(Tensor dout, Optional dlast_state, Tensor u, Tensor 
   k.ddelta_bias = pointer_of(ddelta_bias, "ddelta_bias", k.batch * k.dim, wide);
   const SelectiveScanKernels& kernels =
       select(selective_scan_baseline, selective_scan_avx2, selective_scan_avx512);
-  run(wide ? kernels.backward_f64 : kernels.backward_f32, k, selective_scan_backward_scratch(k.dstate, k.seqlen));
+  run(wide ? kernels.backward_f64 : kernels.backward_f32, k,
+      selective_scan_backward_scratch(k.dstate, k.seqlen));
 }
 
 }  // namespace
@@ -106,9 +106,11 @@ void selective_scan_bwd_cpu(Tensor dout, Optional dlast_state, Tensor u, Tensor 
 STABLE_TORCH_LIBRARY_FRAGMENT(vitzoo_native, m) {
   m.def(
       "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-      "Tensor? delta_bias, bool delta_softplus, int part_channels, Tensor(a!) out, Tensor(b!) last_state) -> ()");
+      "Tensor? delta_bias, bool delta_softplus, int part_channels, Tensor(a!) out, Tensor(b!) last_state) -> "
+      "()");
   m.def(
-      "selective_scan_bwd(Tensor dout, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+      "selective_scan_bwd(Tensor dout, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, Tensor B, "
+      "Tensor C, "
       "Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, int part_channels, Tensor(a!) du, "
       "Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, "
       "Tensor(h!)? ddelta_bias) -> ()");

@@ -14,16 +14,17 @@ struct SelectiveScanArgs {
   int64_t groups;          // of channels that share B and C; 1 where both are constant
   int64_t group_channels;  // dim / groups
   int64_t parts;           // pieces of a group, one work item each per image
-  int64_t part_channels;   // channels of a piece (the last may be shorter), so that piece p starts at p * part_channels
+  int64_t part_channels;   // channels of a piece (the last may be shorter), so that piece p starts at p *
+                           // part_channels
   bool delta_softplus;
   bool constant_b, constant_c;
-  View u, delta, z, out;  // (batch, dim, seqlen)
-  const void* a;          // (dim, dstate)
-  const void* b;          // (batch, groups, dstate, seqlen), or (dim, dstate) where constant
-  const void* c;          // likewise
-  const void* d;          // (dim), or null
+  View u, delta, z, out;   // (batch, dim, seqlen)
+  const void* a;           // (dim, dstate)
+  const void* b;           // (batch, groups, dstate, seqlen), or (dim, dstate) where constant
+  const void* c;           // likewise
+  const void* d;           // (dim), or null
   const void* delta_bias;  // (dim), or null
-  void* last_state;       // (batch, dim, dstate)
+  void* last_state;        // (batch, dim, dstate)
 
   // The rest belongs to the backward pass.
   View dout, du, ddelta, dz;

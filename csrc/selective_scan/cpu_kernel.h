@@ -1,6 +1,7 @@
-// Selective scan, forward and backward, for one instruction set. A tile is W channels, one a lane. Within a stretch of
-// tokens the loop over the state stands outside and the loop over tokens inside: a state and its row of A stay in
-// registers, B and C are read along their contiguous rows, and the exponentials of different tokens overlap.
+// Selective scan, forward and backward, for one instruction set. A tile is W channels, one a lane. Within a
+// stretch of tokens the loop over the state stands outside and the loop over tokens inside: a state and its
+// row of A stay in registers, B and C are read along their contiguous rows, and the exponentials of different
+// tokens overlap.
 //
 // Legend: s step after bias and softplus, x = u, drive = s x, h state, g gradient of h, a = exp(s A).
 #pragma once
@@ -21,17 +22,13 @@ struct Row;
 template <class T>
 struct Row<T, false> {
   const T* p;
-  VITZOO_INLINE T at(int64_t t) const {
-    return p[t];
-  }
+  VITZOO_INLINE T at(int64_t t) const { return p[t]; }
 };
 
 template <class T>
 struct Row<T, true> {
   Vec<T> v;
-  VITZOO_INLINE Vec<T> at(int64_t) const {
-    return v;
-  }
+  VITZOO_INLINE Vec<T> at(int64_t) const { return v; }
 };
 
 struct Tile {
@@ -67,12 +64,13 @@ VITZOO_INLINE void store_lanes(void* base, const Tile& tile, int64_t stride, int
 }
 
 template <class T, bool Constant>
-VITZOO_INLINE Row<T, Constant> row_of(const void* base, const SelectiveScanArgs& k, const Tile& tile, int64_t n,
-                                      int64_t token) {
+VITZOO_INLINE Row<T, Constant> row_of(const void* base, const SelectiveScanArgs& k, const Tile& tile,
+                                      int64_t n, int64_t token) {
   if constexpr (Constant) {
     return {load_lanes<T>(base, tile, k.dstate, n)};
   } else {
-    return {static_cast<const T*>(base) + ((tile.batch * k.groups + tile.group) * k.dstate + n) * k.seqlen + token};
+    return {static_cast<const T*>(base) + ((tile.batch * k.groups + tile.group) * k.dstate + n) * k.seqlen +
+            token};
   }
 }
 
@@ -86,12 +84,9 @@ VITZOO_INLINE void for_tiles(const SelectiveScanArgs& k, int64_t begin, int64_t 
     const int64_t rest = k.group_channels - start;
     const int64_t count = rest < k.part_channels ? rest : k.part_channels;
     for (int64_t c = 0; c < count; c += W) {
-      const Tile tile{batch,
-                      group,
-                      part,
-                      group * k.group_channels + start + c,
-                      count - c < W ? int(count - c) : W,
-                      c == 0};
+      const Tile tile{
+          batch, group, part, group * k.group_channels + start + c, count - c < W ? int(count - c) : W,
+          c == 0};
       f(tile);
     }
   }
@@ -99,7 +94,8 @@ VITZOO_INLINE void for_tiles(const SelectiveScanArgs& k, int64_t begin, int64_t 
 
 // Step sizes of a stretch of tokens, in place; their slope with respect to delta goes to `slope` unless null.
 template <class T>
-VITZOO_INLINE void make_steps(const SelectiveScanArgs& k, Vec<T> bias, Vec<T>* s, Vec<T>* slope, int64_t count) {
+VITZOO_INLINE void make_steps(const SelectiveScanArgs& k, Vec<T> bias, Vec<T>* s, Vec<T>* slope,
+                              int64_t count) {
   if (!k.delta_softplus) {
     for (int64_t t = 0; t < count; ++t) {
       s[t] = s[t] + bias;
@@ -117,10 +113,21 @@ VITZOO_INLINE void make_steps(const SelectiveScanArgs& k, Vec<T> bias, Vec<T>* s
   }
 }
 
+// Whether no exponent s A of a stretch of tokens needs a clamp; `fastest` is the largest |A| log2(e) of each lane.
+template <class T>
+VITZOO_INLINE bool exponents_are_plain(const Vec<T>* s, int64_t count, Vec<T> fastest) {
+  Vec<T> largest{};
+  for (int64_t t = 0; t < count; ++t) {
+    largest = larger(largest, absolute<T>(s[t]));
+  }
+  return all_below<T>(largest * fastest, kPlainExponent<T>);
+}
+
 // Advances NU states over a stretch of tokens, and adds C h to y.
-template <class T, int NU, bool CB, bool CC>
-VITZOO_INLINE void advance(const SelectiveScanArgs& k, const Tile& tile, int64_t n, int64_t token, int64_t count,
-                           const Vec<T>* s, const Vec<T>* drive, const Vec<T>* a2, Vec<T>* h, Vec<T>* y) {
+template <class T, int NU, bool Clamp, bool CB, bool CC>
+VITZOO_INLINE void advance(const SelectiveScanArgs& k, const Tile& tile, int64_t n, int64_t token,
+                           int64_t count, const Vec<T>* s, const Vec<T>* drive, const Vec<T>* a2, Vec<T>* h,
+                           Vec<T>* y) {
   Row<T, CB> b[NU];
   Row<T, CC> c[NU];
   Vec<T> state[NU], rate[NU];
@@ -135,7 +142,7 @@ VITZOO_INLINE void advance(const SelectiveScanArgs& k, const Tile& tile, int64_t
     Vec<T> sum = y[t];
 #pragma GCC unroll 8
     for (int i = 0; i < NU; ++i) {
-      state[i] = exp2_<T>(s[t] * rate[i]) * state[i] + drive[t] * b[i].at(t);
+      state[i] = exp2_product<T, Clamp>(s[t], rate[i]) * state[i] + drive[t] * b[i].at(t);
       sum += state[i] * c[i].at(t);
     }
     y[t] = sum;
@@ -146,11 +153,24 @@ VITZOO_INLINE void advance(const SelectiveScanArgs& k, const Tile& tile, int64_t
   }
 }
 
+template <class T, bool Clamp, bool CB, bool CC>
+VITZOO_INLINE void advance_all(const SelectiveScanArgs& k, const Tile& tile, int64_t token, int64_t count,
+                               const Vec<T>* s, const Vec<T>* drive, const Vec<T>* a2, Vec<T>* h, Vec<T>* y) {
+  int64_t n = 0;
+  for (; n + 2 <= k.dstate; n += 2) {
+    advance<T, 2, Clamp, CB, CC>(k, tile, n, token, count, s, drive, a2, h, y);
+  }
+  if (n < k.dstate) {
+    advance<T, 1, Clamp, CB, CC>(k, tile, n, token, count, s, drive, a2, h, y);
+  }
+}
+
 template <class T, bool CB, bool CC>
 inline void forward_pass(const SelectiveScanArgs& k, int64_t begin, int64_t end, void* scratch) {
   typedef Vec<T> V;
   V* const s = static_cast<V*>(scratch);
-  constexpr int64_t stride = kForwardTokens + 2;  // no power of two: loads must not look like the stores of another row
+  constexpr int64_t stride =
+      kForwardTokens + 2;  // no power of two: loads must not look like the stores of another row
   V* const drive = s + stride;
   V* const y = drive + stride;
   V* const x = y + stride;
@@ -158,8 +178,10 @@ inline void forward_pass(const SelectiveScanArgs& k, int64_t begin, int64_t end,
   V* const a2 = h + k.dstate;
   for_tiles<T>(k, begin, end, [&](const Tile& tile) __attribute__((always_inline)) {
     const V bias = load_lanes<T>(k.delta_bias, tile, 1, 0), skip = load_lanes<T>(k.d, tile, 1, 0);
+    V fastest{};
     for (int64_t n = 0; n < k.dstate; ++n) {
       a2[n] = load_lanes<T>(k.a, tile, k.dstate, n) * T(kLog2e);
+      fastest = larger(fastest, absolute<T>(a2[n]));
       h[n] = V{};
     }
     for (int64_t token = 0; token < k.seqlen; token += kForwardTokens) {
@@ -171,12 +193,10 @@ inline void forward_pass(const SelectiveScanArgs& k, int64_t begin, int64_t end,
         drive[t] = s[t] * x[t];
         y[t] = skip * x[t];
       }
-      int64_t n = 0;
-      for (; n + 2 <= k.dstate; n += 2) {
-        advance<T, 2, CB, CC>(k, tile, n, token, count, s, drive, a2, h, y);
-      }
-      if (n < k.dstate) {
-        advance<T, 1, CB, CC>(k, tile, n, token, count, s, drive, a2, h, y);
+      if (exponents_are_plain<T>(s, count, fastest)) {
+        advance_all<T, false, CB, CC>(k, tile, token, count, s, drive, a2, h, y);
+      } else {
+        advance_all<T, true, CB, CC>(k, tile, token, count, s, drive, a2, h, y);
       }
       if (k.z.data != nullptr) {
         load_tile(k.z, tile.batch, tile.channel, tile.width, token, count, x);
@@ -200,7 +220,8 @@ struct Backward {
 
   Backward(void* scratch, int64_t dstate) {
     Vec<T>* p = static_cast<Vec<T>*>(scratch);
-    Vec<T>** const by_token[] = {&s, &drive, &slope, &x, &dy, &y, &sum_gb, &sum_qa, &a[0], &a[1], &h[0], &h[1]};
+    Vec<T>** const by_token[] = {&s,      &drive,  &slope, &x,    &dy,   &y,
+                                 &sum_gb, &sum_qa, &a[0],  &a[1], &h[0], &h[1]};
     for (Vec<T>** field : by_token) {
       *field = p;
       p += kBackwardTokens + 1;  // h holds the state before the chunk too
@@ -237,9 +258,9 @@ VITZOO_INLINE void add_lane_sums(T* row, int64_t count, bool write, const F& pro
 }
 
 // Both sweeps of NU states over one chunk: states forward, then their gradients backward.
-template <class T, int NU, bool CB, bool CC>
-VITZOO_INLINE void sweep(const SelectiveScanArgs& k, const Tile& tile, const Backward<T>& w, int64_t n, int64_t token,
-                         int64_t count, const Vec<T>* start, bool want_y) {
+template <class T, int NU, bool Clamp, bool CB, bool CC>
+VITZOO_INLINE void sweep(const SelectiveScanArgs& k, const Tile& tile, const Backward<T>& w, int64_t n,
+                         int64_t token, int64_t count, const Vec<T>* start, bool want_y) {
   typedef Vec<T> V;
   Row<T, CB> b[NU];
   Row<T, CC> c[NU];
@@ -256,7 +277,7 @@ VITZOO_INLINE void sweep(const SelectiveScanArgs& k, const Tile& tile, const Bac
     V sum = w.y[t];
 #pragma GCC unroll 4
     for (int i = 0; i < NU; ++i) {
-      const V a = exp2_<T>(w.s[t] * rate[i]);
+      const V a = exp2_product<T, Clamp>(w.s[t], rate[i]);
       state[i] = a * state[i] + w.drive[t] * b[i].at(t);
       w.a[i][t] = a;
       w.h[i][t + 1] = state[i];
@@ -290,7 +311,8 @@ VITZOO_INLINE void sweep(const SelectiveScanArgs& k, const Tile& tile, const Bac
     w.sum_gb[t] = sum_gb;
     w.sum_qa[t] = sum_qa;
   }
-  const int64_t row = (((tile.batch * k.parts + tile.part) * k.groups + tile.group) * k.dstate + n) * k.seqlen + token;
+  const int64_t row =
+      (((tile.batch * k.parts + tile.part) * k.groups + tile.group) * k.dstate + n) * k.seqlen + token;
 #pragma GCC unroll 4
   for (int i = 0; i < NU; ++i) {
     w.carry[n + i] = carry[i];
@@ -319,9 +341,22 @@ VITZOO_INLINE void sweep(const SelectiveScanArgs& k, const Tile& tile, const Bac
   }
 }
 
+template <class T, bool Clamp, bool CB, bool CC>
+VITZOO_INLINE void sweep_all(const SelectiveScanArgs& k, const Tile& tile, const Backward<T>& w, int64_t token,
+                             int64_t count, const Vec<T>* start, bool want_y) {
+  int64_t n = 0;
+  for (; n + 2 <= k.dstate; n += 2) {
+    sweep<T, 2, Clamp, CB, CC>(k, tile, w, n, token, count, start, want_y);
+  }
+  if (n < k.dstate) {
+    sweep<T, 1, Clamp, CB, CC>(k, tile, w, n, token, count, start, want_y);
+  }
+}
+
 // The states at the start of every chunk, by running over all but the last.
 template <class T, bool CB, bool CC>
-VITZOO_INLINE void find_bounds(const SelectiveScanArgs& k, const Tile& tile, const Backward<T>& w, Vec<T> bias) {
+VITZOO_INLINE void find_bounds(const SelectiveScanArgs& k, const Tile& tile, const Backward<T>& w,
+                               Vec<T> bias) {
   for (int64_t n = 0; n < k.dstate; ++n) {
     w.state[n] = w.bounds[n] = Vec<T>{};
   }
@@ -335,7 +370,7 @@ VITZOO_INLINE void find_bounds(const SelectiveScanArgs& k, const Tile& tile, con
     }
     Vec<T>* const next = w.bounds + (token / kBackwardTokens + 1) * k.dstate;
     for (int64_t n = 0; n < k.dstate; ++n) {
-      advance<T, 1, CB, CC>(k, tile, n, token, kBackwardTokens, w.s, w.drive, w.rate2, w.state, w.y);
+      advance<T, 1, true, CB, CC>(k, tile, n, token, kBackwardTokens, w.s, w.drive, w.rate2, w.state, w.y);
       next[n] = w.state[n];
     }
   }
@@ -349,11 +384,14 @@ inline void backward_pass(const SelectiveScanArgs& k, int64_t begin, int64_t end
   for_tiles<T>(k, begin, end, [&](const Tile& tile) __attribute__((always_inline)) {
     const V bias = load_lanes<T>(k.delta_bias, tile, 1, 0), skip = load_lanes<T>(k.d, tile, 1, 0);
     const int64_t states = tile.batch * k.dim * k.dstate, channels = tile.batch * k.dim;
+    V fastest{};
     for (int64_t n = 0; n < k.dstate; ++n) {
       w.rate[n] = load_lanes<T>(k.a, tile, k.dstate, n);
       w.rate2[n] = w.rate[n] * T(kLog2e);
-      w.carry[n] = load_lanes<T>(k.dlast_state == nullptr ? nullptr : static_cast<const T*>(k.dlast_state) + states,
-                                 tile, k.dstate, n);
+      fastest = larger(fastest, absolute<T>(w.rate2[n]));
+      w.carry[n] =
+          load_lanes<T>(k.dlast_state == nullptr ? nullptr : static_cast<const T*>(k.dlast_state) + states,
+                        tile, k.dstate, n);
       w.da[n] = w.db[n] = w.dc[n] = V{};
     }
     find_bounds<T, CB, CC>(k, tile, w, bias);
@@ -377,12 +415,10 @@ inline void backward_pass(const SelectiveScanArgs& k, int64_t begin, int64_t end
         w.sum_gb[t] = w.sum_qa[t] = V{};
       }
       const V* const start = w.bounds + chunk * k.dstate;
-      int64_t n = 0;
-      for (; n + 2 <= k.dstate; n += 2) {
-        sweep<T, 2, CB, CC>(k, tile, w, n, token, count, start, gated);
-      }
-      if (n < k.dstate) {
-        sweep<T, 1, CB, CC>(k, tile, w, n, token, count, start, gated);
+      if (exponents_are_plain<T>(w.s, count, fastest)) {
+        sweep_all<T, false, CB, CC>(k, tile, w, token, count, start, gated);
+      } else {
+        sweep_all<T, true, CB, CC>(k, tile, w, token, count, start, gated);
       }
       for (int64_t t = 0; t < count; ++t) {
         V ddelta = w.x[t] * w.sum_gb[t] + w.sum_qa[t];
@@ -446,6 +482,7 @@ void backward(const SelectiveScanArgs& k, int64_t begin, int64_t end, void* scra
   }
 }
 
-constexpr vitzoo::SelectiveScanKernels kKernels = {forward<float>, forward<double>, backward<float>, backward<double>};
+constexpr vitzoo::SelectiveScanKernels kKernels = {forward<float>, forward<double>, backward<float>,
+                                                   backward<double>};
 
 }  // namespace

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import bmm_flop, flop_registry, mm_flop, sdpa_flop_count, shape_wrapper
 
+from vitzoo.kernels.selective_scan.flops import selective_scan_flops
+
 Formula = Callable[..., int]
 
 SCAN_CONVENTIONS = ("exact", "paper")
@@ -101,8 +103,8 @@ def _paper_scan(packet: Any) -> Formula:
     def formula(*args: Any, **kwargs: Any) -> int:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         batch, dim, seqlen = given["u"]
-        extras = (given.get("D") is not None) + (given.get("z") is not None)
-        return 2 * (9 * batch * seqlen * dim * given["A"][-1] + extras * batch * seqlen * dim)
+        has = {f"has_{name}": given.get(name) is not None for name in ("D", "z")}
+        return 2 * selective_scan_flops(batch, dim, seqlen, given["A"][-1], **has, convention="paper")
 
     return shape_wrapper(formula)
 
