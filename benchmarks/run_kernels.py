@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -46,7 +47,10 @@ def machine() -> dict[str, Any]:
         "cpu": cpu.get("model name", platform.processor()),
         "cpu_flags": [flag for flag in wanted if flag in flags],
         "isa": native.cpu_isa(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,

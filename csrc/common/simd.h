@@ -134,8 +134,9 @@ VITZOO_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> shifted) {
   return (Vec<T>)((I)p + ((I)shifted << Simd<T>::mantissa));
 }
 
-// 2^(x y). Below the smallest normal number it stays there (1e-38 in float), above the largest it is infinite. Without
-// `Clamp` |x y| must be below kPlainExponent; the product is then not even rounded where there are fused operations.
+// 2^(x y). Below the smallest normal number it stays there (1e-38 in float), above the largest it is
+// infinite. Without `Clamp` |x y| must be below kPlainExponent; the product is then not even rounded where
+// there are fused operations.
 template <class T, bool Clamp>
 VITZOO_INLINE Vec<T> exp2_product(Vec<T> x, Vec<T> y) {
   if constexpr (Clamp) {

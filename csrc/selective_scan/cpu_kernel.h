@@ -113,7 +113,8 @@ VITZOO_INLINE void make_steps(const SelectiveScanArgs& k, Vec<T> bias, Vec<T>* s
   }
 }
 
-// Whether no exponent s A of a stretch of tokens needs a clamp; `fastest` is the largest |A| log2(e) of each lane.
+// Whether no exponent s A of a stretch of tokens needs a clamp; `fastest` is the largest |A| log2(e) of each
+// lane.
 template <class T>
 VITZOO_INLINE bool exponents_are_plain(const Vec<T>* s, int64_t count, Vec<T> fastest) {
   Vec<T> largest{};
@@ -342,8 +343,8 @@ VITZOO_INLINE void sweep(const SelectiveScanArgs& k, const Tile& tile, const Bac
 }
 
 template <class T, bool Clamp, bool CB, bool CC>
-VITZOO_INLINE void sweep_all(const SelectiveScanArgs& k, const Tile& tile, const Backward<T>& w, int64_t token,
-                             int64_t count, const Vec<T>* start, bool want_y) {
+VITZOO_INLINE void sweep_all(const SelectiveScanArgs& k, const Tile& tile, const Backward<T>& w,
+                             int64_t token, int64_t count, const Vec<T>* start, bool want_y) {
   int64_t n = 0;
   for (; n + 2 <= k.dstate; n += 2) {
     sweep<T, 2, Clamp, CB, CC>(k, tile, w, n, token, count, start, want_y);

@@ -342,3 +342,70 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
     done = _in_a_process(VITZOO_CPU_ISA="avx1024")
     assert done.returncode != 0
     assert "avx1024" in done.stderr
+
+
+def _output_and_gradients(inputs: dict[str, Any]) -> list[Tensor]:
+    leaves = {k: v.clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    out, last = selective_scan(**leaves, return_last_state=True)
+    (out.square().sum() + last.sum()).backward()
+    return [out, last, *(v.grad for v in leaves.values() if isinstance(v, Tensor))]
+
+
+@needs_extension
+def test_the_number_of_threads_changes_no_bit() -> None:
+    inputs, threads, results = make_inputs(Shape(2, 70, 40, 5)), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(_output_and_gradients(inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["u", "delta"])
+def test_a_nan_stays_in_its_channel_and_does_not_vanish(name: str) -> None:
+    inputs = make_inputs(Shape(2, 20, 40, 3))
+    inputs[name][1, 7, 25] = float("nan")
+    out = selective_scan(**inputs)
+    expected = torch.zeros(2, 20, 40, dtype=torch.bool)
+    expected[1, 7, 25:] = True
+    assert torch.equal(out.isnan(), expected)
+
+
+@needs_extension
+def test_growing_states_overflow_where_the_reference_does() -> None:
+    inputs = make_inputs(Shape(2, 20, 30, 3, has_z=False))
+    inputs["A"], inputs["delta"] = -60 * inputs["A"], 10 * inputs["delta"]
+    out, reference = selective_scan(**inputs), selective_scan_reference(**inputs)[0]
+    assert not reference.isfinite().all()
+    assert torch.equal(out.isfinite(), reference.isfinite())
+
+
+@needs_extension
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 80.0, 300.0])
+def test_decays_are_right_from_slow_to_vanishing(scale: float) -> None:
+    # one state, an impulse, and one step: the output is exp(-delta)
+    delta = torch.rand(1, 64, 2, generator=torch.Generator().manual_seed(0)) * scale
+    delta[..., 0] = 1
+    impulse = torch.tensor([1.0, 0.0]).expand(1, 64, 2)
+    ones = torch.ones(1, 1, 2)
+    out = selective_scan(impulse, delta, -torch.ones(64, 1), ones, ones)[0, :, 1].double()
+    exact = torch.exp(-delta[0, :, 1].double())
+    # log2(e) is rounded once into A, so the relative error grows with the exponent
+    assert ((out - exact).abs() <= (2e-7 + 6e-8 * scale) * exact + 2.4e-38).all()
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    mixer, x = _Mixer(), image((2, 9, 8))
+    torch.compiler.reset()
+    grads = []
+    for module in (mixer, torch.compile(mixer, fullgraph=True)):
+        mixer.zero_grad()
+        module(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in mixer.parameters()])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
