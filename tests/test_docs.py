@@ -10,11 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md"))
 
 
-def test_models_page_is_current() -> None:
+@pytest.mark.parametrize("page", ["models", "flops"])
+def test_generated_page_is_current(page: str) -> None:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    assert (ROOT / "docs" / "models.md").read_text() == generate.models(), "run: make docs"
+    assert (ROOT / "docs" / f"{page}.md").read_text() == getattr(generate, page)(), "run: make docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
