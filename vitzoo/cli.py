@@ -11,6 +11,7 @@ import ast
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,7 +61,7 @@ def _explained() -> Iterator[None]:
         yield
     except _EXPECTED as error:
         _err.print(f"[red]error:[/red] {type(error).__name__}: ", end="")
-        _err.print(str(error), markup=False)
+        _err.print(" ".join(str(error).split()), markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 
@@ -88,7 +89,9 @@ def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
         table.add_column(column, justify="left" if first else "right", overflow="fold", no_wrap=first)
     for row in rows:
         table.add_row(*("-" if v is None else str(v) for v in row))
-    _out.print(table)
+    # a pipe or a file has no width: nothing needs to be folded there
+    narrow = _out.is_terminal or "COLUMNS" in os.environ
+    (_out if narrow else Console(highlight=False, width=200)).print(table)
 
 
 def _arguments(settings: list[str] | None) -> dict[str, Any]:

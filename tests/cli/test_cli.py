@@ -151,3 +151,14 @@ def test_json_is_all_that_a_process_prints(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vitzoo", "flops", "vim_tiny_patch16_224", *SMALL, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout)["model"] == "vim_tiny_patch16_224"
+
+
+def test_a_pipe_gets_whole_rows_and_an_error_is_one_line(monkeypatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    listed = CliRunner().invoke(app, ["list", "vim*"]).stdout.splitlines()
+    row = next(line for line in listed if "vim_tiny_patch16_stride8_224" in line)
+    cells = [cell.strip() for cell in row.strip().strip("│").split("│")]
+    assert cells == ["vim_tiny_patch16_stride8_224", "vim", "scan", "7.3", "-", "78.3", "vitzoo"]
+    message = CliRunner().invoke(app, ["info", "vim_tiny_patch16_225"]).stderr
+    assert message.startswith("error: UnknownModelError: unknown model 'vim_tiny_patch16_225': did you mean ")
+    assert message.count("\n") == 1
