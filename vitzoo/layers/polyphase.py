@@ -14,31 +14,20 @@ import torch
 from timm.layers import register_notrace_function
 from torch import Tensor
 
-_TIE = 1e-6  # squared norms that differ by less, relatively, differ by rounding alone
 
-
-def _power_sums(x: Tensor, dim: int, powers: tuple[int, ...]) -> list[Tensor]:
-    """Return sums of even powers over `dim`, at least in float32."""
-    x = x.detach()
+def _anchors(x: Tensor, dim: int, phase: tuple[int, int]) -> Tensor:
+    """Return the strongest phase of maps whose channels are axis `dim`, (B, 2) int64, the first of equals."""
+    (ph, pw), x = phase, x.detach()
     if x.dtype != torch.float64:
-        x = x.float()  # squares overflow in float16 and tie in bfloat16
-    x = x.square()
-    return [(x if power == 2 else x ** (power // 2)).sum(dim) for power in powers]
-
-
-def _per_phase(x: Tensor, phase: tuple[int, int]) -> Tensor:
-    """Sum the positions of each phase: (B, H, W) to (B, ph*pw)."""
-    batch, height, width = x.shape
+        x = x.float()  # squares overflow in float16, and norms tie in bfloat16
+    energy = x.square().sum(dim)
+    batch, height, width = energy.shape
     # a shifted map is summed in another order: the wider type keeps rounding from deciding between phases
     if x.device.type != "mps":
-        x = x.double()
-    return x.reshape(batch, height // phase[0], phase[0], width // phase[1], phase[1]).sum((1, 3)).flatten(1)
-
-
-def _strongest(strength: Tensor, phase: tuple[int, int]) -> Tensor:
-    """Return (row, column) of the largest entry, the first of equals: (B, ph*pw) to (B, 2) int64."""
-    best = strength.argmax(1)
-    return torch.stack((best // phase[1], best % phase[1]), dim=1)
+        energy = energy.double()
+    energy = energy.reshape(batch, height // ph, ph, width // pw, pw).sum((1, 3))
+    best = energy.flatten(1).argmax(1)
+    return torch.stack((best // pw, best % pw), dim=1)
 
 
 def _source(anchors: Tensor, height: int, width: int) -> Tensor:
@@ -77,7 +66,7 @@ def polyphase_anchor(x: Tensor, phase: tuple[int, int]) -> tuple[Tensor, Tensor]
     """
     batch, channels, height, width = x.shape
     _check(height, width, phase)
-    anchors = _strongest(_per_phase(_power_sums(x, 1, (2,))[0], phase), phase)
+    anchors = _anchors(x, 1, phase)
     source = _source(anchors, height, width).reshape(batch, 1, height * width)
     y = x.flatten(2).gather(2, source.expand(-1, channels, -1))
     return y.view(batch, channels, height, width), anchors
@@ -87,11 +76,7 @@ def polyphase_anchor(x: Tensor, phase: tuple[int, int]) -> tuple[Tensor, Tensor]
 def polyphase_anchor_tokens(
     x: Tensor, size: tuple[int, int], phase: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Anchor maps laid out as tokens; as `polyphase_anchor` but for norms that rounding alone separates.
-
-    A LayerNorm with fresh weights gives every token the same norm: the paper's rule then follows rounding,
-    and a shifted image, an exported graph or another machine gets another anchor. Among phases whose squared
-    norms agree within 1e-6 the one with the largest sum of fourth powers is taken, which moves with the map.
+    """Anchor maps laid out as tokens; see `polyphase_anchor`.
 
     Args:
         x: (B, H*W, C), row-major.
@@ -106,10 +91,7 @@ def polyphase_anchor_tokens(
     """
     (height, width), (batch, length, channels) = size, x.shape
     _check(height, width, phase)
-    sums = _power_sums(x, -1, (2, 4))
-    energy, fourth = (_per_phase(s.view(batch, height, width), phase) for s in sums)
-    tied = energy >= energy.amax(1, keepdim=True) * (1 - _TIE)
-    anchors = _strongest(fourth.masked_fill(~tied, -1), phase)
+    anchors = _anchors(x.unflatten(1, (height, width)), -1, phase)
     start = torch.arange(batch, device=x.device)[:, None] * length
     # rows of a matrix are copied whole: 9 times as fast as a gather along the tokens (56x56x64 on CPU)
     source = (start + _source(anchors, height, width).flatten(1)).flatten()

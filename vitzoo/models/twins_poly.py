@@ -242,9 +242,8 @@ class PolyTwins(Twins):
                 y = self.norm(x) if norm and last else x  # the final norm is of the last stage's width
                 maps.append(y.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
             if not last:
-                x = x.unflatten(1, size).permute(
-                    0, 3, 1, 2
-                )  # channels last, as the next convolution likes it
+                # channels last in memory, as the next convolution likes it
+                x = x.unflatten(1, size).permute(0, 3, 1, 2)
         return x, maps, anchors
 
     def forward_features(self, x: Tensor, return_anchors: bool = False) -> Any:
