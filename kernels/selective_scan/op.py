@@ -286,7 +286,8 @@ def selective_scan(
         out, last_state = complex_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
         return (out, last_state) if return_last_state else out
     _check(u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias)
-    if torch.compiler.is_exporting():
+    # torch 2.11 answers yes to is_exporting() under torch.compile too, where the operator itself belongs
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         from vitzoo.kernels.selective_scan.onnx import selective_scan_export
 
         out, last_state = selective_scan_export(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
