@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,95 @@ def assert_close_to_reference(
         raise AssertionError(
             f"{what}: error {ours:.2e}, the reference's own is {theirs:.2e} (floor {floor:.0e})"
         )
+
+
+# What a backend's error may add to twice the reference's own, relative to norm(exact): the output's own rounding.
+FLOORS = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+_MAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "identity": lambda x: x,
+    "neg_exp": lambda x: -np.exp(x),
+    "abs": np.abs,
+}
+
+
+def golden_tensor(spec: Mapping[str, Any]) -> Tensor:
+    """Return an operator's input as the golden file defines it, float32 or, with a real and an imag part, complex64."""
+    if "real" in spec:
+        return torch.complex(golden_tensor(spec["real"]), golden_tensor(spec["imag"]))
+    values = _MAPS[spec["map"]](spec["scale"] * fill(spec["fill"], spec["shape"]))
+    return torch.from_numpy(np.ascontiguousarray(values.astype(np.float32)))
+
+
+def outputs_and_gradients(
+    function: Callable[..., Any], inputs: Mapping[str, Any], constant: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Run an operator and the backward pass of a loss that reads every output; return outputs and gradients by name.
+
+    Args:
+        function: called with the inputs as keyword arguments, returns a tensor or a tuple of tensors.
+        inputs: its arguments; every floating-point tensor among them gets a gradient, but for those in `constant`.
+        constant: names of inputs without a gradient.
+    """
+    leaves = {
+        k: v.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        if isinstance(v, Tensor) and v.is_floating_point() and k not in constant
+        else v
+        for k, v in inputs.items()
+    }
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    losses = [
+        (out.double() * image(out.shape, i + 1).double().to(out.device)).sum()
+        for i, out in enumerate(outputs)
+        if out.requires_grad
+    ]
+    if losses:
+        torch.stack(losses).sum().backward()
+    results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    wanted = {k: v for k, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
+    return results | {f"gradient of {k}": v.grad for k, v in wanted.items() if v.grad is not None}
+
+
+def assert_backend_close(
+    function: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    backend: str,
+    use_backend: Callable[[str], Any],
+    constant: Sequence[str] = (),
+) -> None:
+    """Hold one backend, outputs and every gradient, to `assert_close_to_reference`.
+
+    Args:
+        function: the operator's public function.
+        inputs: its keyword arguments; the widest error allowed is that of the narrowest floating-point input.
+        backend: the backend in question.
+        use_backend: `vitzoo.use_backend`, which this module may not import.
+        constant: names of inputs without a gradient.
+    """
+    floats = [v for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    wide = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
+    }
+    with use_backend("reference"):
+        exact = outputs_and_gradients(function, wide, constant)
+        reference = outputs_and_gradients(function, inputs, constant)
+    with use_backend(backend):
+        ours = outputs_and_gradients(function, inputs, constant)
+    if ours.keys() != reference.keys():
+        raise AssertionError(f"{backend} gives {sorted(ours)}, the reference {sorted(reference)}")
+    loosest = max(FLOORS[x.dtype] for x in floats)
+    for name, value in ours.items():
+        if value.dtype != reference[name].dtype:
+            raise AssertionError(f"{name} is {value.dtype}, the reference's {reference[name].dtype}")
+        if not value.is_floating_point():
+            if not torch.equal(value, reference[name]):
+                raise AssertionError(f"{name} differs from the reference's")
+            continue
+        if not float(exact[name].double().norm()):  # nothing to be relative to
+            if not float(value.double().norm()) <= 1e-6:
+                raise AssertionError(f"{name} is not zero")
+            continue
+        assert_close_to_reference(value, reference[name], exact[name], loosest, f"{backend}: {name}")
 
 
 def gpu_or_cpu() -> list[str]:

@@ -6,14 +6,13 @@ stay whole. Under torch.export the function takes another path, see onnx.py.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from vitzoo.kernels.common.backends import Backend, BackendError, Operator, forced_backend, use_backend
+from vitzoo.kernels.common.backends import Backend, BackendError, Operator, forced_backend
+from vitzoo.kernels.common.registration import exporting, register
 from vitzoo.kernels.selective_scan import cpu
 from vitzoo.kernels.selective_scan.complex import complex_selective_scan
 from vitzoo.kernels.selective_scan.flops import selective_scan_bwd_flops, selective_scan_flops
@@ -35,170 +34,39 @@ OPERATOR = Operator(
     ),
 )
 
-_INPUTS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-    "bool delta_softplus"
-)
-_LIBRARY = torch.library.Library("vitzoo", "FRAGMENT")
-_LIBRARY.define(f"selective_scan({_INPUTS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-# The gradient of an absent input is an empty tensor.
-_LIBRARY.define(
-    f"selective_scan_bwd(Tensor? dout, Tensor? dlast, {_INPUTS}) -> ({', '.join(['Tensor'] * 8)})",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
-
-def _forward(u: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    if u.numel() == 0:
-        return torch.empty_like(u, memory_format=torch.contiguous_format), _zero_state(u, args[1])
-    out, last_state = OPERATOR.choose(u, *args).run["forward"](u, *args)
-    return out.contiguous(), last_state.contiguous()
-
-
-def _zero_state(u: Tensor, A: Tensor) -> Tensor:
-    return u.new_zeros((u.shape[0], u.shape[1], A.shape[1]), dtype=compute_dtype(u))
-
-
-def _backward(dout: Tensor | None, dlast: Tensor | None, u: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs = (u, *args[:-1])
-    if u.numel() == 0:
-        return tuple(
-            u.new_empty(0) if x is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-            for x in inputs
-        )
-    if dout is None:
-        dout = torch.zeros_like(u)
-    gradients = OPERATOR.choose(u, *args).run["backward"](dout, dlast, u, *args)
-    return tuple(
-        u.new_empty(0) if x is None else gradient.to(x.dtype).contiguous()
-        for x, gradient in zip(inputs, gradients, strict=True)
-    )
-
-
-def _forward_fake(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any
-) -> tuple[Tensor, Tensor]:
-    torch._check(u.ndim == 3, lambda: f"u has {u.ndim} axes, expected (B, D, L)")
-    torch._check(
-        delta.shape == u.shape, lambda: f"delta is {tuple(delta.shape)}, expected u's {tuple(u.shape)}"
-    )
-    torch._check(
-        A.ndim == 2 and A.shape[0] == u.shape[1], lambda: f"A is {tuple(A.shape)}, expected ({u.shape[1]}, N)"
-    )
-    torch._check(not A.is_complex(), lambda: f"A is {A.dtype}; only real A is supported")
-    for name, matrix in (("B", B), ("C", C)):
-        message = f"{name} has {matrix.ndim} axes, expected 2, 3 or 4"
-        torch._check(2 <= matrix.ndim <= 4, functools.partial(str, message))
+def _fake(u: Tensor, delta: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape), u.new_empty((u.shape[0], u.shape[1], A.shape[1]), dtype=compute_dtype(u))
 
 
-def _backward_fake(dout: Tensor | None, dlast: Tensor | None, u: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in (u, *args[:-1]))
+def _options(D: Any, z: Any, delta_bias: Any, delta_softplus: bool) -> dict[str, bool]:
+    return {
+        "has_D": D is not None,
+        "has_z": z is not None,
+        "has_delta_bias": delta_bias is not None,
+        "delta_softplus": delta_softplus,
+    }
 
 
-_LIBRARY.impl("selective_scan", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("selective_scan_bwd", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("vitzoo::selective_scan", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("vitzoo::selective_scan_bwd", _backward_fake, lib=_LIBRARY)
+def _flops(u: Any, delta: Any, A: Any, B: Any, C: Any, *options: Any) -> int:
+    return selective_scan_flops(*u, A[1], **_options(*options))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:-1])
-    ctx.delta_softplus = inputs[-1]
-    ctx.backend = forced_backend()  # the engine may run the backward pass in a thread of its own
+def _backward_flops(dout: Any, dlast: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, *options: Any) -> int:
+    return selective_scan_bwd_flops(*u, A[1], **_options(*options))
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    if dout is None and dlast is None:
-        return (*(None for _ in inputs), None)
-    with use_backend(ctx.backend or forced_backend()):
-        gradients = torch.ops.vitzoo.selective_scan_bwd(dout, dlast, *inputs, ctx.delta_softplus)
-    return (*(None if x is None else g for x, g in zip(inputs, gradients, strict=True)), None)
-
-
-def _no_double_backward(ctx: Any, *gradients: Any) -> None:
-    raise RuntimeError(
-        "selective_scan can be differentiated once only; its backward pass has no gradient of its own"
-    )
-
-
-torch.library.register_autograd("vitzoo::selective_scan", _differentiate, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("vitzoo::selective_scan_bwd", _no_double_backward, lib=_LIBRARY)
-
-
-def _register_autocast(key: str) -> None:
-    """Under autocast keep delta, A, D and delta_bias at least float32; u, B, C and z stay as they come.
-
-    torch.library.register_autocast casts every input to one dtype, which would double the memory of u and z.
-    """
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def autocast(
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-    ) -> tuple[Tensor, Tensor]:
-        def wide(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
-
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return torch.ops.vitzoo.selective_scan(
-                u, wide(delta), wide(A), B, C, wide(D), z, wide(delta_bias), delta_softplus
-            )
-
-    _LIBRARY.impl("selective_scan", autocast, key)
-
-
-_register_autocast("AutocastCPU")
-_register_autocast("AutocastCUDA")
-
-
-def _sizes(u_shape: Any, A_shape: Any) -> tuple[int, int, int, int]:
-    return (*u_shape, A_shape[1])
-
-
-@register_flop_formula(torch.ops.vitzoo.selective_scan)
-def _flops(
-    u: Any,
-    delta: Any,
-    A: Any,
-    B: Any,
-    C: Any,
-    D: Any,
-    z: Any,
-    delta_bias: Any,
-    delta_softplus: bool,
-    **kwargs: Any,
-) -> int:
-    return selective_scan_flops(
-        *_sizes(u, A),
-        has_D=D is not None,
-        has_z=z is not None,
-        has_delta_bias=delta_bias is not None,
-        delta_softplus=delta_softplus,
-    )
-
-
-@register_flop_formula(torch.ops.vitzoo.selective_scan_bwd)
-def _bwd_flops(
-    dout: Any, dlast: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *args: Any, **kw: Any
-) -> int:
-    delta_bias, delta_softplus = args
-    return selective_scan_bwd_flops(
-        *_sizes(u, A),
-        has_D=D is not None,
-        has_z=z is not None,
-        has_delta_bias=delta_bias is not None,
-        delta_softplus=delta_softplus,
-    )
+register(
+    OPERATOR,
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus",
+    ("out", "last_state"),
+    fake=_fake,
+    flops=_flops,
+    backward_flops=_backward_flops,
+    # u, B, C and z stay as they come: widening u and z would double their memory
+    autocast_wide=("delta", "A", "D", "delta_bias"),
+)
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, **optional: Tensor | None) -> None:
@@ -286,8 +154,7 @@ def selective_scan(
         out, last_state = complex_selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
         return (out, last_state) if return_last_state else out
     _check(u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias)
-    # torch 2.11 answers yes to is_exporting() under torch.compile too, where the operator itself belongs
-    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+    if exporting():
         from vitzoo.kernels.selective_scan.onnx import selective_scan_export
 
         out, last_state = selective_scan_export(u, delta, A, B, C, D, z, delta_bias, delta_softplus)

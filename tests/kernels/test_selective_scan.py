@@ -19,14 +19,11 @@ from vitzoo.kernels.selective_scan import selective_scan
 from vitzoo.kernels.selective_scan.flops import selective_scan_flops
 from vitzoo.kernels.selective_scan.inputs import SHAPES, Shape, make_inputs
 from vitzoo.kernels.selective_scan.reference import selective_scan_reference
-from vitzoo.testing import assert_close_to_reference, assert_golden, fill, image, load_golden
+from vitzoo.testing import FLOORS, assert_backend_close, assert_golden, golden_tensor, image, load_golden
 
 GOLDEN = {c["id"]: c for c in load_golden("ops/selective_scan")["cases"]}
-MAPS = {"identity": lambda x: x, "neg_exp": lambda x: -np.exp(x), "abs": np.abs}
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
-# relative to norm(exact): rounding of the output to its dtype comes on top of twice the reference's own error
-FLOORS = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +34,6 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def _golden_input(spec: dict[str, Any]) -> Tensor:
-    if "real" in spec:
-        return torch.complex(_golden_input(spec["real"]), _golden_input(spec["imag"]))
-    values = MAPS[spec["map"]](spec["scale"] * fill(spec["fill"], spec["shape"]))
-    return torch.from_numpy(np.ascontiguousarray(values.astype(np.float32)))
-
-
 def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
@@ -52,7 +42,7 @@ def _real(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", GOLDEN)
 def test_goldens(case: str, backend: str) -> None:
     golden = GOLDEN[case]
-    inputs = {k: _golden_input(v).requires_grad_() for k, v in golden["inputs"].items()}
+    inputs = {k: golden_tensor(v).requires_grad_() for k, v in golden["inputs"].items()}
     if golden["A"] == "complex" and backend != "reference":
         with use_backend(backend), pytest.raises(BackendError, match="takes no complex A"):
             selective_scan(**inputs, **golden["options"])
@@ -70,34 +60,12 @@ def test_goldens(case: str, backend: str) -> None:
             assert_golden(_real(inputs[name].grad), recorded, 1e-5, f"gradient of {name}")
 
 
-def _run(inputs: dict[str, Any], weights: Tensor, state_weights: Tensor) -> dict[str, Tensor]:
-    """Return outputs and the gradient of every tensor, from a loss that reads both outputs."""
-    leaves = {
-        k: v.detach().clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()
-    }
-    out, last = selective_scan(**leaves, return_last_state=True)
-    ((out.double() * weights).sum() + (last.double() * state_weights).sum()).backward()
-    grads = {f"gradient of {k}": v.grad for k, v in leaves.items() if isinstance(v, Tensor)}
-    return {"out": out.detach(), "last_state": last.detach(), **grads}
-
-
 @needs_extension
 @pytest.mark.parametrize("dtype", FLOORS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_cpu_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
-    inputs = make_inputs(shape, dtype)
-    weights = image((shape.batch, shape.dim, shape.seqlen), 1).double()
-    state_weights = image((shape.batch, shape.dim, shape.dstate), 2).double()
-    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    with use_backend("reference"):
-        exact = _run(wide, weights, state_weights)
-        reference = _run(inputs, weights, state_weights)
-    with use_backend("cpu"):
-        ours = _run(inputs, weights, state_weights)
-    for name, value in ours.items():
-        assert value.dtype == reference[name].dtype
-        floor = FLOORS[torch.float32] if value.dtype == torch.float32 else FLOORS[dtype]
-        assert_close_to_reference(value, reference[name], exact[name], floor, name)
+    inputs = make_inputs(shape, dtype) | {"return_last_state": True}
+    assert_backend_close(selective_scan, inputs, "cpu", use_backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
