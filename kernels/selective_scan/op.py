@@ -39,7 +39,7 @@ def _fake(u: Tensor, delta: Tensor, A: Tensor, *args: Any) -> tuple[Tensor, Tens
     return u.new_empty(u.shape), u.new_empty((u.shape[0], u.shape[1], A.shape[1]), dtype=compute_dtype(u))
 
 
-def _options(D: Any, z: Any, delta_bias: Any, delta_softplus: bool) -> dict[str, bool]:
+def _options(D: Any, z: Any, delta_bias: Any, delta_softplus: bool) -> dict[str, Any]:
     return {
         "has_D": D is not None,
         "has_z": z is not None,
@@ -49,11 +49,11 @@ def _options(D: Any, z: Any, delta_bias: Any, delta_softplus: bool) -> dict[str,
 
 
 def _flops(u: Any, delta: Any, A: Any, B: Any, C: Any, *options: Any) -> int:
-    return selective_scan_flops(*u, A[1], **_options(*options))
+    return selective_scan_flops(u[0], u[1], u[2], A[1], **_options(*options))
 
 
 def _backward_flops(dout: Any, dlast: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, *options: Any) -> int:
-    return selective_scan_bwd_flops(*u, A[1], **_options(*options))
+    return selective_scan_bwd_flops(u[0], u[1], u[2], A[1], **_options(*options))
 
 
 register(
