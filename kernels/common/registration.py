@@ -164,7 +164,7 @@ class _Backward:
         inputs = args[self.first :]
         wanted = [inputs[i] for i in self.wanted]
         if inputs[0].numel() == 0:
-            gradients = [None if x is None else torch.zeros_like(x) for x in wanted]
+            gradients: list[Any] = [None if x is None else torch.zeros_like(x) for x in wanted]
         else:
             backend = self.operator.choose(*inputs)
             gradients = list(_as_tuple(backend.run["backward"](*args)))
