@@ -1,0 +1,103 @@
+"""What every operator owes, whichever it is: threads, processes, backends that say why not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vitzoo
+from vitzoo.kernels.common import native
+from vitzoo.kernels.common.backends import NAMES, operators
+from vitzoo.testing import outputs_and_gradients
+
+OPERATORS = sorted(operators)
+needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
+
+
+def _folder(name: str) -> str:
+    return _module(name).rsplit(".", 1)[0]
+
+
+def _module(name: str) -> str:
+    """Return the module that defines the operator's public function."""
+    return getattr(vitzoo.kernels, name).__module__
+
+
+def _inputs(name: str, label: str | None = None) -> dict[str, Any]:
+    """Return the arguments of a call: of the largest of the operator's test shapes, unless one is named."""
+    module = importlib.import_module(f"{_folder(name)}.inputs")
+    make = getattr(module, f"make_{name}_inputs", None) or module.make_inputs
+    shapes = getattr(module, f"{name.upper()}_SHAPES", None) or module.SHAPES
+    if label is not None:
+        return make(shapes[label])
+    calls = [make(shape) for shape in shapes.values()]
+    return max(calls, key=lambda c: sum(v.numel() for v in c.values() if isinstance(v, Tensor)))
+
+
+def _results(name: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    return outputs_and_gradients(getattr(vitzoo.kernels, name), inputs)
+
+
+def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_backends_are_in_order_and_say_why_not(name: str) -> None:
+    backends = [backend.name for backend in operators[name].backends]
+    assert backends == [known for known in NAMES if known in backends]
+    assert backends[-1] == "reference"
+    for backend in operators[name].backends:
+        reason = backend.why_not()
+        assert reason is None or (len(reason) > 15 and not reason.endswith("."))
+
+
+@needs_extension
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_number_of_threads_changes_nothing(name: str) -> None:
+    inputs, threads = _inputs(name), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = _results(name, inputs)
+        torch.set_num_threads(2)
+        two = _results(name, inputs)
+    finally:
+        torch.set_num_threads(threads)
+    _same(two, one)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", OPERATORS)
+def test_eight_threads_at_once(name: str) -> None:
+    inputs = _inputs(name)
+    expected = _results(name, inputs)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: _results(name, inputs), range(16)):
+            _same(found, expected)
+
+
+def test_two_processes_import_and_run_at_once() -> None:
+    code = """
+import torch, vitzoo
+from vitzoo.kernels.selective_scan.inputs import SHAPES, make_inputs
+print(float(vitzoo.kernels.selective_scan(**make_inputs(SHAPES["odd"])).double().sum()))
+"""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+        )
+        for _ in range(2)
+    ]
+    sums = [process.communicate()[0].strip() for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert float(sums[0]) == float(sums[1])
