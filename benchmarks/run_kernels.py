@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import timm
@@ -29,10 +31,7 @@ from torch import Tensor
 import vitzoo
 from vitzoo.kernels.common import native
 from vitzoo.kernels.common.backends import operators, use_backend
-from vitzoo.testing import assert_close_to_reference
-
-# As in tests/kernels: what a result may add to twice the reference's own error.
-FLOORS = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+from vitzoo.testing import assert_backend_close
 
 
 def machine() -> dict[str, Any]:
@@ -71,25 +70,6 @@ def with_gradients(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(function: Callable[..., Any], inputs: dict[str, Any]) -> list[Tensor]:
-    """Return output and every gradient of `output.sum()`."""
-    inputs = with_gradients(inputs)
-    out = function(**inputs)
-    out = out[0] if isinstance(out, tuple) else out
-    out.double().sum().backward()
-    return [out.detach(), *(x.grad for x in inputs.values() if isinstance(x, Tensor))]
-
-
-def check(reference: Callable[..., Any], function: Callable[..., Any], inputs: dict[str, Any]) -> None:
-    """Raise AssertionError unless output and gradients are as right as the reference's."""
-    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    dtype = next(v.dtype for v in inputs.values() if isinstance(v, Tensor))
-    names = ["output", *(k for k, v in inputs.items() if isinstance(v, Tensor))]
-    results = run(function, inputs), run(reference, inputs), run(reference, wide)
-    for name, ours, theirs, exact in zip(names, *results, strict=True):
-        assert_close_to_reference(ours, theirs, exact, FLOORS[dtype], name)
-
-
 def forward_call(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], Any]:
     """Return a call of the forward pass alone."""
 
@@ -103,7 +83,7 @@ def forward_call(function: Callable[..., Any], inputs: dict[str, Any]) -> Callab
 def train_call(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], Any]:
     """Return a call of the forward and backward pass, all gradients."""
     leaves = with_gradients(inputs)
-    wanted = [x for x in leaves.values() if isinstance(x, Tensor)]
+    wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
 
     def call() -> None:
         out = function(**leaves)
@@ -143,33 +123,60 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, di
     return out
 
 
+def modules(name: str) -> tuple[ModuleType, ModuleType]:
+    """Return an operator's modules of inputs and of the reference."""
+    folder = getattr(vitzoo.kernels, name).__module__.rsplit(".", 1)[0]
+    return importlib.import_module(f"{folder}.inputs"), importlib.import_module(f"{folder}.reference")
+
+
+def shapes_and_inputs(name: str) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
+    """Return an operator's model shapes by label, and what makes inputs of one; a folder may serve two operators."""
+    module, _ = modules(name)
+    shapes = getattr(module, f"{name.upper()}_MODEL_SHAPES", None) or module.MODEL_SHAPES
+    return shapes, getattr(module, f"make_{name}_inputs", None) or module.make_inputs
+
+
+def baselines(name: str) -> dict[str, Callable[..., Any]]:
+    """Return what an operator is timed against: its reference, and the formulations that its inputs.py names."""
+    module, definition = modules(name)
+    named = getattr(module, f"{name.upper()}_BASELINES", None) or getattr(module, "BASELINES", {})
+    return {"reference": getattr(definition, f"{name}_reference"), **named}
+
+
+def forced(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """Return the function with its backend forced."""
+
+    def call(**kwargs: Any) -> Any:
+        with use_backend(backend):
+            return function(**kwargs)
+
+    return call
+
+
 def measure(name: str, label: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
-    """Check and time one operator at one shape with every backend that runs here."""
-    folder = f"vitzoo.kernels.{name}"
-    inputs_module = importlib.import_module(f"{folder}.inputs")
-    reference = getattr(importlib.import_module(f"{folder}.reference"), f"{name}_reference")
-    function = getattr(vitzoo.kernels, name)
-    inputs = inputs_module.make_inputs(inputs_module.MODEL_SHAPES[label], dtype)
-    rows = []
+    """Check and time one operator at one shape with every backend that runs here, against every baseline."""
+    shapes, make_inputs = shapes_and_inputs(name)
+    inputs, against = make_inputs(shapes[label], dtype), baselines(name)
+    passes = {"forward": forward_call}
+    if hasattr(torch.ops.vitzoo, f"{name}_bwd"):
+        passes["forward+backward"] = train_call
+    ours = {}
     for backend in operators[name].backends:
-        if backend.name == "reference" or backend.why_not() is not None:
-            continue
-
-        def ours(backend: str = backend.name, **kwargs: Any) -> Any:
-            with use_backend(backend):
-                return function(**kwargs)
-
-        check(reference, ours, inputs)
-        for kind, make in (("forward", forward_call), ("forward+backward", train_call)):
-            calls = {backend.name: make(ours, inputs), "reference": make(reference, inputs)}
-            times = interleave(calls, rounds)
-            ratio = times["reference"]["median_ms"] / times[backend.name]["median_ms"]
-            row = {"operator": name, "shape": label, "sizes": vars(inputs_module.MODEL_SHAPES[label])}
-            row |= {"dtype": str(dtype).removeprefix("torch."), "pass": kind, "backend": backend.name}
-            rows.append(row | {"baseline": "reference", "ratio": ratio, "times": times})
+        if backend.name != "reference" and backend.why_not() is None:
+            ours[backend.name] = forced(getattr(vitzoo.kernels, name), backend.name)
+            assert_backend_close(getattr(vitzoo.kernels, name), inputs, backend.name, use_backend)
+    rows = []
+    for kind, make in passes.items():
+        times = interleave({k: make(f, inputs) for k, f in (ours | against).items()}, rounds)
+        for backend, baseline in itertools.product(ours, against):
+            ratio = times[baseline]["median_ms"] / times[backend]["median_ms"]
+            row = {"operator": name, "shape": label, "sizes": vars(shapes[label])}
+            row |= {"dtype": str(dtype).removeprefix("torch."), "pass": kind, "backend": backend}
+            pair = {which: times[which] for which in (backend, baseline)}
+            rows.append(row | {"baseline": baseline, "ratio": ratio, "times": pair})
             print(
-                f"{name:16} {label:20} {row['dtype']:9} {kind:17} {backend.name:5} "
-                f"{times[backend.name]['median_ms']:9.2f} ms, reference {times['reference']['median_ms']:9.2f} ms, "
+                f"{name:16} {label:20} {row['dtype']:9} {kind:17} {backend:5} "
+                f"{times[backend]['median_ms']:9.2f} ms, {baseline} {times[baseline]['median_ms']:9.2f} ms, "
                 f"{ratio:5.1f}x",
                 file=sys.stderr,
             )
@@ -192,7 +199,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = []
     for name in args.operator or sorted(operators):
-        shapes = importlib.import_module(f"vitzoo.kernels.{name}.inputs").MODEL_SHAPES
+        shapes, _ = shapes_and_inputs(name)
         for label in args.shape or shapes:
             for dtype in args.dtype or ["float32"]:
                 rows += measure(name, label, getattr(torch, dtype), args.rounds)
