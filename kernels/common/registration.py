@@ -19,6 +19,8 @@ from torch.utils.flop_counter import register_flop_formula
 from vitzoo.kernels.common.backends import Operator, forced_backend, use_backend
 
 _LIBRARY = torch.library.Library("vitzoo", "FRAGMENT")
+# operator -> FLOPs in the convention of the scan papers' tables, from the inputs with tensors as shapes
+paper_formulas: dict[Any, Callable[..., int]] = {}
 
 
 def exporting() -> bool:
@@ -35,6 +37,7 @@ def register(
     fake: Callable[..., Any],
     flops: Callable[..., int],
     backward_flops: Callable[..., int] | None = None,
+    paper_flops: Callable[..., int] | None = None,
     saved: tuple[str, ...] = (),
     constant: tuple[str, ...] = (),
     no_gradient: tuple[str, ...] = (),
@@ -57,6 +60,7 @@ def register(
             which sees shapes first, does not.
         flops: called with the inputs, tensors as shapes, returns the FLOPs (2 x MACs) of the forward pass.
         backward_flops: likewise with douts, saved outputs and inputs; None means the operator has no gradient.
+        paper_flops: like `flops`, in the convention of the scan papers' tables where that differs.
         saved: outputs that the backward pass reads.
         constant: tensor inputs without a gradient (indices, integer weights).
         no_gradient: outputs that cannot be differentiated (indices, statistics).
@@ -69,6 +73,8 @@ def register(
     torch.library.register_fake(f"vitzoo::{name}", fake, lib=_LIBRARY)
     packet = getattr(torch.ops.vitzoo, name)
     register_flop_formula(packet)(_formula(packet, flops))
+    if paper_flops is not None:
+        paper_formulas[packet] = _formula(packet, paper_flops)
     if backward_flops is not None:
         _Backward(operator, inputs, outputs, saved, constant, no_gradient).register(backward_flops)
     if autocast_wide or autocast_cast:

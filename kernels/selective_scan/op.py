@@ -52,6 +52,11 @@ def _flops(u: Any, delta: Any, A: Any, B: Any, C: Any, *options: Any) -> int:
     return selective_scan_flops(u[0], u[1], u[2], A[1], **_options(*options))
 
 
+def _paper_flops(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *args: Any) -> int:
+    options = {"has_D": D is not None, "has_z": z is not None}
+    return 2 * selective_scan_flops(u[0], u[1], u[2], A[1], **options, convention="paper")
+
+
 def _backward_flops(dout: Any, dlast: Any, u: Any, delta: Any, A: Any, B: Any, C: Any, *options: Any) -> int:
     return selective_scan_bwd_flops(u[0], u[1], u[2], A[1], **_options(*options))
 
@@ -64,6 +69,7 @@ register(
     fake=_fake,
     flops=_flops,
     backward_flops=_backward_flops,
+    paper_flops=_paper_flops,
     # u, B, C and z stay as they come: widening u and z would double their memory
     autocast_wide=("delta", "A", "D", "delta_bias"),
 )

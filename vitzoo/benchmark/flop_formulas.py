@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import bmm_flop, flop_registry, mm_flop, sdpa_flop_count, shape_wrapper
 
-from vitzoo.kernels.selective_scan.flops import selective_scan_flops
+from vitzoo.kernels.common.registration import paper_formulas
 
 Formula = Callable[..., int]
 
@@ -87,26 +87,8 @@ def formulas(scan_convention: str) -> dict[Any, Formula]:
     """Return operator -> formula: PyTorch's, those registered with it (ours too), and the ones it lacks."""
     table = {packet: shape_wrapper(formula) for packet, formula in _added().items()} | flop_registry
     if scan_convention == "paper":
-        table |= {packet: _paper_scan(packet) for packet in table if _is_scan(packet)}
+        table |= {packet: shape_wrapper(formula) for packet, formula in paper_formulas.items()}
     return table
-
-
-def _is_scan(packet: Any) -> bool:
-    name = getattr(packet, "_qualified_op_name", "")
-    return name.startswith("vitzoo::") and name.endswith("scan")
-
-
-def _paper_scan(packet: Any) -> Formula:
-    """Return the papers' formula for a scan of ours, whose arguments have the names that all scans share."""
-    names = [argument.name for argument in packet.default._schema.arguments]
-
-    def formula(*args: Any, **kwargs: Any) -> int:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        batch, dim, seqlen = given["u"]
-        has = {f"has_{name}": given.get(name) is not None for name in ("D", "z")}
-        return 2 * selective_scan_flops(batch, dim, seqlen, given["A"][-1], **has, convention="paper")
-
-    return shape_wrapper(formula)
 
 
 def _added() -> dict[Any, Formula]:
