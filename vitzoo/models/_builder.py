@@ -195,7 +195,17 @@ def _tags_that_fit(family: registry.Family, state_dict: StateDict) -> list[str]:
     return []
 
 
+def _plausible(name: str, state_dict: StateDict) -> bool:
+    """Return whether the sizes are near enough, other classes and resolutions allowed, to be worth a build."""
+    name = name.split(".")[0]
+    params = registry.family_of(name).models[name].params
+    ratio = sum(v.numel() for v in state_dict.values()) / params if params else 1
+    return 0.5 < ratio < 2
+
+
 def _fits(name: str, state_dict: StateDict, **kwargs: Any) -> bool:
+    if not _plausible(name, state_dict):
+        return False
     entry = model_entrypoint(name)
     filter_fn = sys.modules[entry.__module__].checkpoint_filter_fn
     cfg = next(iter(get_arch_pretrained_cfgs(name.split(".")[0]).values()))
