@@ -208,7 +208,8 @@ class _Backward:
         if douts[0] is None:
             shape, dtype, device = ctx.zero
             douts[0] = torch.zeros(shape, dtype=dtype, device=device)
-        saved, tensors = ctx.saved_tensors[: len(self.saved)], ctx.saved_tensors[len(self.saved) :]
+        kept = ctx.saved_tensors  # once: checkpointing forbids a second reading
+        saved, tensors = kept[: len(self.saved)], kept[len(self.saved) :]
         inputs = list(ctx.others)
         for i, tensor in zip(self.tensors, tensors, strict=True):
             inputs[i] = tensor
