@@ -198,7 +198,8 @@ def _tags_that_fit(family: registry.Family, state_dict: StateDict) -> list[str]:
 def _plausible(name: str, state_dict: StateDict) -> bool:
     """Return whether the sizes are near enough, other classes and resolutions allowed, to be worth a build."""
     name = name.split(".")[0]
-    params = registry.family_of(name).models[name].params
+    family = registry.family_of(name)
+    params = family.models[name].params if family else None
     ratio = sum(v.numel() for v in state_dict.values()) / params if params else 1
     return 0.5 < ratio < 2
 

@@ -1,0 +1,1 @@
+"""Quantization: quantizers, how they are fitted, and transforms that make a network easier to quantize."""
