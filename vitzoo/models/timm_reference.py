@@ -148,6 +148,15 @@ _reference(
     "Apache-2.0",
 )
 _reference(
+    "mobilevit",
+    ("hierarchical", "convolutional"),
+    ("mobilevit_*", "mobilevitv2_*"),
+    "MobileViT: Light-weight, General-purpose, and Mobile-friendly Vision Transformer, ICLR 2022, arXiv 2110.02178; "
+    "Separable Self-attention for Mobile Vision Transformers (MobileViTv2), TMLR 2023, arXiv 2206.02680",
+    "https://github.com/apple/ml-cvnets",
+    "Apple sample code licence",
+)
+_reference(
     "fastvit",
     ("hierarchical", "convolutional"),
     ("fastvit_*",),
