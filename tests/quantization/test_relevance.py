@@ -1,0 +1,76 @@
+"""Relevance propagation against the authors' code, and its conservation on other models."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vitzoo
+from vitzoo.quantization.relevance import contribution_scores, layer_relevance
+from vitzoo.testing import assert_golden, golden_state_dict, image, load_golden
+
+
+def _golden_model() -> tuple[nn.Module, dict]:
+    golden = load_golden("quant/lrp_vit_rules")
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, num_classes=10, embed_dim=48, depth=2, num_heads=3, qkv_bias=True
+    )
+    model.load_state_dict(golden_state_dict(golden))
+    model.norm.eps = 1e-5
+    return model.double().eval(), golden["cases"][0]
+
+
+def test_relevance_of_every_layer_equals_the_authors() -> None:
+    model, case = _golden_model()
+    recorded = {
+        tuple(m): value
+        for key, value in case["outputs"].items()
+        if (m := re.findall(r"^(.*): relevance at (input|output),", key)) and (m := m[0])
+    }
+    names = {name for name, _ in recorded}
+    x, target = image(case["input"], case["seed"]).double(), torch.tensor([case["target_class"]])
+    assert_golden(model(x), case["outputs"]["logits"], 1e-5)
+    found = layer_relevance(model, x, names, target)
+    assert len(recorded) == 18
+    for (name, where), value in recorded.items():
+        relevance = found[name][where == "output"]
+        sums = torch.stack([relevance.sum(), relevance.abs().sum()])
+        assert_golden(sums, value, 1e-6, f"{name} {where}")
+
+
+def test_relevance_of_the_attention_maps_equals_the_authors() -> None:
+    model, case = _golden_model()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    x, target = image(case["input"], case["seed"]).double(), torch.tensor([case["target_class"]])
+    names = ["blocks.0.attn.attn_drop", "blocks.1.attn.attn_drop"]
+    found = layer_relevance(model, x, names, target)
+    for i in range(2):
+        recorded = case["outputs"][f"blocks.{i}.attn: relevance of attention map (H,N,N)"]
+        assert_golden(found[names[i]][0][0], recorded, 1e-6, names[i])
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("deit_tiny_patch16_224", 224), ("litv2_small", 224), ("cvt_13", 224)]
+)
+def test_relevance_is_conserved(name: str, size: int) -> None:
+    torch.manual_seed(0)
+    model = vitzoo.create_model(name, num_classes=5).double().eval()
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    x = image((1, 3, size, size)).double()
+    found = layer_relevance(model, x, layers[-1:])
+    assert float(found[layers[-1]][1].sum()) == pytest.approx(1)
+    assert float(found[layers[-1]][0].sum()) == pytest.approx(1, rel=1e-6)
+    scores = contribution_scores(model, [x], layers)
+    assert sum(scores.values()) == pytest.approx(1)
+    assert all(score > 0 for score in scores.values())
+
+
+def test_an_unknown_layer_is_refused() -> None:
+    model, _ = _golden_model()
+    with pytest.raises(ValueError, match=r"no layer blocks\.9"):
+        layer_relevance(model, image((1, 3, 32, 32)).double(), ["blocks.9"])
