@@ -1,0 +1,97 @@
+"""Window attention on the CPU in C++ (csrc/window_attention): prepares the bias and allocates what comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitzoo.kernels.common import native
+from vitzoo.kernels.window_attention.reference import compute_dtype, padded_size
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Work items that the backward pass aims at. The windows of a part are added up by one item, the parts in a fixed order
+# afterwards: the gradients of the bias do not depend on the number of threads.
+BACKWARD_ITEMS = 64
+LANES = 16  # rows of the bias are padded to the widest vector
+
+
+def why_not(qkv: Tensor | None = None, *args: object) -> str | None:
+    """Return why the C++ kernels cannot take a call, or None."""
+    if qkv is not None:
+        if qkv.device.type != "cpu":
+            return f"it runs on the CPU only and qkv is on {qkv.device}"
+        if qkv.dtype not in DTYPES:
+            return f"qkv is {qkv.dtype}, not float32, float64, bfloat16 or float16"
+    return native.why_not()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _transposed_bias(attn_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the bias with keys before queries, in units of log 2, its rows padded with zeros."""
+    if attn_bias is None:
+        return None
+    heads, area, _ = attn_bias.shape
+    padded = torch.zeros((heads, area, -(-area // LANES) * LANES), dtype=dtype)
+    torch.mul(attn_bias.transpose(1, 2).to(dtype), math.log2(math.e), out=padded[..., :area])
+    return padded
+
+
+def _options(
+    qkv: Tensor,
+    num_heads: int,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    attn_bias: Tensor | None,
+    scale: float,
+    pad_qkv: Tensor | None,
+    roll_before_pad: bool,
+) -> tuple[object, ...]:
+    pad = None if pad_qkv is None else pad_qkv.detach().to(qkv.dtype).contiguous()
+    bias = _transposed_bias(attn_bias, compute_dtype(qkv))
+    return (num_heads, *window_size, *shift_size, bias, scale, pad, roll_before_pad)
+
+
+def forward(qkv: Tensor, *options: object) -> Tensor:
+    """Return the attention's output, (B, H, W, C)."""
+    out = torch.empty((*qkv.shape[:3], qkv.shape[3] // 3), dtype=qkv.dtype)
+    torch.ops.vitzoo_native.window_attention_fwd(_channels_last(qkv), *_options(qkv, *options), out)  # type: ignore[arg-type]
+    return out
+
+
+def backward(
+    dout: Tensor,
+    qkv: Tensor,
+    num_heads: int,
+    window_size: Sequence[int],
+    shift_size: Sequence[int],
+    attn_bias: Tensor | None,
+    scale: float,
+    pad_qkv: Tensor | None,
+    roll_before_pad: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of qkv, attn_bias and pad_qkv; None for absent ones."""
+    options = _options(qkv, num_heads, window_size, shift_size, attn_bias, scale, pad_qkv, roll_before_pad)
+    bias = options[5]
+    batch, height, width, channels = qkv.shape
+    windows = batch * math.prod(
+        padded_size(s, w) // w for s, w in zip((height, width), window_size, strict=True)
+    )
+    parts = max(1, min(windows, -(-BACKWARD_ITEMS // num_heads)))
+    dtype = compute_dtype(qkv)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    dbias = torch.empty((parts, *bias.shape), dtype=dtype) if isinstance(bias, Tensor) else None
+    dpad = None if pad_qkv is None else torch.empty((parts, channels), dtype=dtype)
+    torch.ops.vitzoo_native.window_attention_bwd(
+        _channels_last(dout.to(qkv.dtype)), _channels_last(qkv), *options, parts, dqkv, dbias, dpad
+    )
+    return (
+        dqkv,
+        None if dbias is None else dbias.sum(0)[..., : dbias.shape[2]].transpose(1, 2),
+        None if dpad is None else dpad.sum(0),
+    )
