@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all test-timm lint format typecheck check bench build wheel docs clean
+.PHONY: install demo test test-all test-gpu test-asan test-timm lint format typecheck check bench build build-cuda wheel docs clean
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
 
 # Editable install of vitzoo with its extension where a compiler is found, everything pinned by constraints.txt.
-$(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+$(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "vitzoo needs Python >= 3.11; name one with: make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
@@ -31,6 +31,16 @@ test-all: install
 
 test-gpu: install
 	$(PYTEST) -m gpu
+
+# AddressSanitizer and UBSan over the C++ kernels and the host form of the CUDA kernels: vitzoo._C is built anew in
+# build/asan, in a copy of the tree. Leaks are Python's own business.
+ASAN := build/asan
+test-asan: install
+	mkdir -p $(ASAN) && git ls-files -co --exclude-standard -z | tar c --null -T - | tar x -C $(ASAN)
+	cd $(ASAN) && VITZOO_SANITIZE=address,undefined $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	cd $(ASAN) && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=$(CURDIR)/$(ASAN) \
+		$(CURDIR)/$(PYTEST) -n 2 tests/kernels -m "not slow and not gpu" -k "$(or $(K),cpu or cuda or exec or threads)"
 
 test-timm: install
 	$(BIN)/python tests/timm_suite.py $(if $(ALL),--all)
@@ -58,6 +68,11 @@ bench: install
 
 build: install
 	$(BIN)/python setup.py -q build_ext --inplace
+
+# The CUDA kernels, built and linked; needs nvcc, no GPU. Fails where they are not built or do not load.
+build-cuda: build
+	$(BIN)/python -c 'import sys; from vitzoo.kernels.common import native; sys.exit(native.cuda_extension_why_not())'
+	$(BIN)/python benchmarks/cuda_resources.py
 
 wheel: install
 	$(BIN)/python -m build --no-isolation --outdir dist .

@@ -25,7 +25,7 @@ inline Kind kind_of(const Tensor& x, const char* name) {
     case ScalarType::Half:
       return Kind::f16;
     default:
-      STD_TORCH_CHECK(false, name, " has a dtype that the CPU kernels do not take");
+      STD_TORCH_CHECK(false, name, " has a dtype that the kernels do not take");
   }
   return Kind::f32;
 }

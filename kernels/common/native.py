@@ -1,9 +1,21 @@
-"""Loads the compiled extension vitzoo._C once, when an operator first asks, and keeps the reason if it cannot."""
+"""Loads the compiled extensions once, when an operator first asks, and keeps the reason if it cannot.
+
+vitzoo._C holds the CPU kernels and the host form of the CUDA kernels, vitzoo._C_cuda the CUDA kernels themselves. With
+VITZOO_CUDA_ON_CPU=1 in the environment `use_backend("cuda")` runs the host form on CPU tensors: the same kernel bodies,
+thread by thread, which is for tests.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
+from typing import TYPE_CHECKING
+
+from vitzoo.kernels.common.backends import forced_backend
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @functools.cache
@@ -34,3 +46,58 @@ def cpu_isa() -> str | None:
     import torch
 
     return ("baseline", "avx2", "avx512")[torch.ops.vitzoo_native.cpu_isa()]
+
+
+def cuda_on_cpu() -> bool:
+    """Return whether `use_backend("cuda")` runs CUDA kernels in their host form on CPU tensors."""
+    return os.environ.get("VITZOO_CUDA_ON_CPU", "0") == "1"
+
+
+@functools.cache
+def cuda_extension_why_not() -> str | None:
+    """Return why the CUDA extension cannot be loaded, whether or not there is a GPU, or None once it is."""
+    if why_not() is not None:
+        return why_not()
+    import torch
+
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    try:
+        importlib.import_module("vitzoo._C_cuda")
+    except ModuleNotFoundError as error:
+        if error.name != "vitzoo._C_cuda":
+            return f"the CUDA extension does not load ({error})"
+        return (
+            f"the CUDA extension was not built: there was no nvcc of CUDA {torch.version.cuda} at install; "
+            "with it, reinstall with pip's --no-build-isolation"
+        )
+    except ImportError as error:
+        return f"the CUDA extension does not load ({error})"
+    return None
+
+
+@functools.cache
+def _no_gpu(index: int | None) -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the GPU is sm_{major}{minor}, the CUDA kernels are built for sm_80 and later"
+    return None
+
+
+def cuda_why_not(x: Tensor | None = None) -> str | None:
+    """Return why CUDA kernels cannot run here or on `x`, a sentence without full stop, or None."""
+    if x is None:
+        return why_not() if cuda_on_cpu() else _no_gpu(None) or cuda_extension_why_not()
+    if x.device.type == "cuda":
+        return _no_gpu(x.device.index) or cuda_extension_why_not()
+    if x.device.type != "cpu":
+        return f"it runs on CUDA devices only and the input is on {x.device}"
+    if not cuda_on_cpu():
+        return "it runs on CUDA devices only and the input is on the CPU"
+    if forced_backend() != "cuda":
+        return "on the CPU it runs in its host form, only when use_backend('cuda') asks for it"
+    return why_not()

@@ -42,7 +42,8 @@ def _rows(matrix: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return matrix.contiguous()
 
 
-def _groups(matrix: Tensor) -> int:
+def group_count(matrix: Tensor) -> int:
+    """Return the groups of channels that B or C distinguishes; 1 for forms without that axis."""
     return matrix.shape[1] if matrix.ndim == 4 else 1
 
 
@@ -57,7 +58,7 @@ def _inputs(
     delta_bias: Tensor | None,
 ) -> tuple[Any, ...]:
     dtype = compute_dtype(u)
-    groups = math.lcm(_groups(B), _groups(C))
+    groups = math.lcm(group_count(B), group_count(C))
 
     def wide_as_u(x: Tensor | None) -> Tensor | None:
         mixed = x is not None and (x.dtype == torch.float64) != (dtype == torch.float64)
@@ -103,13 +104,13 @@ def _part_channels(batch: int, groups: int, channels: int) -> int:
     return -(-tiles // parts) * TILE
 
 
-def _fold(partial: Tensor, matrix: Tensor) -> Tensor:
+def fold(partial: Tensor, matrix: Tensor) -> Tensor:
     """Add up the partial sums of dB or dC and bring them to the form of B or C."""
     if matrix.ndim == 2:
         return partial.sum(0)
     total = partial.sum(1)  # (B, groups, N, L)
-    if total.shape[1] != _groups(matrix):
-        total = total.unflatten(1, (_groups(matrix), -1)).sum(2)
+    if total.shape[1] != group_count(matrix):
+        total = total.unflatten(1, (group_count(matrix), -1)).sum(2)
     return total.squeeze(1) if matrix.ndim == 3 else total
 
 
@@ -160,8 +161,8 @@ def backward(
         du,
         ddelta,
         dA.sum(0),
-        _fold(dB, B),
-        _fold(dC, C),
+        fold(dB, B),
+        fold(dC, C),
         None if dD is None else dD.sum(0),
         dz,
         None if ddelta_bias is None else ddelta_bias.sum(0),

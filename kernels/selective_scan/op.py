@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitzoo.kernels.common.backends import Backend, BackendError, Operator, forced_backend
 from vitzoo.kernels.common.registration import exporting, register
-from vitzoo.kernels.selective_scan import cpu
+from vitzoo.kernels.selective_scan import cpu, cuda
 from vitzoo.kernels.selective_scan.complex import complex_selective_scan
 from vitzoo.kernels.selective_scan.flops import selective_scan_bwd_flops, selective_scan_flops
 from vitzoo.kernels.selective_scan.reference import (
@@ -25,6 +25,7 @@ from vitzoo.kernels.selective_scan.reference import (
 OPERATOR = Operator(
     "selective_scan",
     backends=(
+        Backend("cuda", {"forward": cuda.forward, "backward": cuda.backward}, cuda.why_not),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

@@ -15,19 +15,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitzoo.kernels.common import native
 from vitzoo.kernels.common.backends import BackendError, operators, use_backend
-from vitzoo.kernels.selective_scan import selective_scan
+from vitzoo.kernels.selective_scan import cuda, selective_scan
 from vitzoo.kernels.selective_scan.flops import selective_scan_flops
-from vitzoo.kernels.selective_scan.inputs import SHAPES, Shape, make_inputs
+from vitzoo.kernels.selective_scan.inputs import MODEL_SHAPES, SHAPES, Shape, make_inputs
 from vitzoo.kernels.selective_scan.reference import selective_scan_reference
 from vitzoo.testing import FLOORS, assert_backend_close, assert_golden, golden_tensor, image, load_golden
 
 GOLDEN = {c["id"]: c for c in load_golden("ops/selective_scan")["cases"]}
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# the CUDA kernels run here in their host form; they take no float64
+FLOAT32_BACKENDS = [*BACKENDS, pytest.param("cuda", marks=needs_extension)]
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory():
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VITZOO_CUDA_ON_CPU", "1")
     # new memory is filled with NaN, so an output that was not written shows
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -38,7 +42,7 @@ def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 @pytest.mark.parametrize("case", GOLDEN)
 def test_goldens(case: str, backend: str) -> None:
     golden = GOLDEN[case]
@@ -68,7 +72,68 @@ def test_cpu_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> N
     assert_backend_close(selective_scan, inputs, "cpu", use_backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@needs_extension
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_cuda_on_the_host_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    inputs = make_inputs(shape, dtype) | {"return_last_state": True}
+    assert_backend_close(selective_scan, inputs, "cuda", use_backend)
+
+
+# chunks, warps and channels a block takes one after the other, in every mixture
+@needs_extension
+@pytest.mark.parametrize(("tokens", "threads"), [(4, 32), (8, 32), (4, 64), (8, 96)])
+@pytest.mark.parametrize("part", [1, 3])
+@pytest.mark.parametrize("groups", [0, 2, -1])
+def test_cuda_on_the_host_cuts_the_work_in_any_way(
+    tokens: int, threads: int, part: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "plan", lambda seqlen: (tokens, threads))
+    monkeypatch.setattr(cuda, "part_channels", lambda *sizes: part)
+    inputs = make_inputs(Shape(2, 8, 301, 2, groups=groups)) | {"return_last_state": True}
+    assert_backend_close(selective_scan, inputs, "cuda", use_backend)
+
+
+@needs_extension
+@pytest.mark.parametrize(("tokens", "threads"), [(4, 32), (4, 64)])
+def test_cuda_on_the_host_has_no_race(tokens: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "plan", lambda seqlen: (tokens, threads))
+    inputs, results = make_inputs(Shape(1, 4, 301, 3, groups=2)), []
+    for order in ("forward", "reverse", "shuffled"):
+        monkeypatch.setenv("VITZOO_CUDA_HOST_ORDER", order)
+        with use_backend("cuda"):
+            results.append(_output_and_gradients(inputs))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_extension
+def test_cuda_takes_mixed_dtypes_as_they_are() -> None:
+    inputs = make_inputs(SHAPES["odd"], torch.bfloat16)
+    inputs["delta"], inputs["B"] = inputs["delta"].float(), inputs["B"].half()
+    assert_backend_close(selective_scan, inputs, "cuda", use_backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *MODEL_SHAPES.values()], ids=[*SHAPES, *MODEL_SHAPES])
+def test_cuda_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    inputs = make_inputs(shape, dtype, "cuda") | {"return_last_state": True}
+    assert_backend_close(selective_scan, inputs, "cuda", use_backend)
+
+
+@pytest.mark.gpu
+def test_cuda_repeats_bit_for_bit_and_on_another_stream() -> None:
+    inputs, results = make_inputs(MODEL_SHAPES["vim_tiny_b1"], torch.bfloat16, "cuda"), []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        with use_backend("cuda"), torch.cuda.stream(stream):
+            results.append(_output_and_gradients(inputs))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_non_contiguous_inputs(backend: str) -> None:
     inputs = make_inputs(SHAPES["odd"])
     strided = {
@@ -80,7 +145,7 @@ def test_non_contiguous_inputs(backend: str) -> None:
         torch.testing.assert_close(selective_scan(**strided), selective_scan(**inputs), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 @pytest.mark.parametrize("empty", ["batch", "seqlen"])
 def test_empty_inputs(backend: str, empty: str) -> None:
     shape = Shape(**{"batch": 2, "dim": 4, "seqlen": 5, "dstate": 3, empty: 0})
@@ -93,7 +158,7 @@ def test_empty_inputs(backend: str, empty: str) -> None:
     assert not inputs["A"].grad.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_inputs_stay_finite(backend: str, dtype: torch.dtype) -> None:
     # the ranges of a trained Mamba, state-spaces/mamba#72
@@ -259,9 +324,13 @@ def test_autocast_keeps_the_state_wide() -> None:
 def test_a_forced_backend_that_cannot_run_is_an_error() -> None:
     with (
         use_backend("cuda"),
-        pytest.raises(BackendError, match=r"'cuda' was asked for but .* no such backend"),
+        pytest.raises(
+            BackendError, match=r"'cuda' was asked for but .*: u is float64, and its sums are float32"
+        ),
     ):
-        selective_scan(**_small())
+        selective_scan(**make_inputs(SHAPES["tiny"], torch.float64))
+    with use_backend("cuda"), pytest.raises(BackendError, match="A has 257 states, more than 256"):
+        selective_scan(**make_inputs(Shape(1, 1, 2, 257)))
     with pytest.raises(ValueError, match="unknown backend 'fast'"), use_backend("fast"):
         pass
 
