@@ -101,3 +101,16 @@ def cuda_why_not(x: Tensor | None = None) -> str | None:
     if forced_backend() != "cuda":
         return "on the CPU it runs in its host form, only when use_backend('cuda') asks for it"
     return why_not()
+
+
+def cpu_vnni() -> bool:
+    """Return whether the C++ kernels use the 8-bit dot product here (VNNI, with vectors of `cpu_isa`'s width).
+
+    Raises:
+        RuntimeError: as `cpu_isa`.
+    """
+    if why_not() is not None:
+        return False
+    import torch
+
+    return bool(torch.ops.vitzoo_native.cpu_vnni())

@@ -59,7 +59,8 @@ def register(
         fake: called as the forward pass, returns empty tensors of its shapes; checks only what the public function,
             which sees shapes first, does not.
         flops: called with the inputs, tensors as shapes, returns the FLOPs (2 x MACs) of the forward pass.
-        backward_flops: likewise with douts, saved outputs and inputs; None means the operator has no gradient.
+        backward_flops: likewise with douts, saved outputs and inputs; None means the operator has no gradient, and a
+            backward pass through it is an error.
         paper_flops: like `flops`, in the convention of the scan papers' tables where that differs.
         saved: outputs that the backward pass reads.
         constant: tensor inputs without a gradient (indices, integer weights).
@@ -77,6 +78,8 @@ def register(
         paper_formulas[packet] = _formula(packet, paper_flops)
     if backward_flops is not None:
         _Backward(operator, inputs, outputs, saved, constant, no_gradient).register(backward_flops)
+    else:
+        torch.library.register_autograd(f"vitzoo::{name}", _no_gradient(name), lib=_LIBRARY)
     if autocast_wide or autocast_cast:
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _register_autocast(packet, device, key, autocast_wide, autocast_cast)
@@ -124,6 +127,13 @@ def _formula(packet: Any, flops: Callable[..., int]) -> Callable[..., int]:
         return flops(*args, *defaults[len(args) :])
 
     return formula
+
+
+def _no_gradient(name: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(f"{name} has no gradient; call it under torch.no_grad() or detach its inputs")
+
+    return refuse
 
 
 class _Backward:
