@@ -13,8 +13,10 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define VITZOO_DEVICE __device__ __forceinline__
+#define VITZOO_BOTH __host__ __device__ inline  // sizes that launcher and kernel agree on
 #else
 #define VITZOO_DEVICE inline
+#define VITZOO_BOTH inline
 #endif
 
 namespace vitzoo {

@@ -69,20 +69,32 @@ float* floats(const std::optional<Tensor>& x, const char* name, int64_t numel) {
   return x.has_value() ? floats<Launch>(*x, name, numel) : nullptr;
 }
 
-// A (batch, channel, token) tensor, contiguous along the tokens, of float32, bfloat16 or float16.
+// A (batch, channel, token) tensor of float32, bfloat16 or float16.
 template <class Launch>
-View rows(const Tensor& x, const char* name, int64_t batch, int64_t dim, int64_t seqlen) {
+View strided(const Tensor& x, const char* name, int64_t batch, int64_t dim, int64_t seqlen) {
   Launch::check(x, name);
   STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == batch && x.size(1) == dim && x.size(2) == seqlen, name,
                   " does not have the shape (", batch, ", ", dim, ", ", seqlen, ")");
-  STD_TORCH_CHECK(seqlen <= 1 || x.stride(2) == 1, name, " is not contiguous along the tokens");
   View view;
   view.kind = kind_of(x, name);
   STD_TORCH_CHECK(view.kind != Kind::f64, name, " is float64, which the CUDA kernels do not take");
   view.data = x.data_ptr();
   view.batch = x.stride(0);
   view.channel = x.stride(1);
-  view.token = 1;
+  view.token = x.stride(2);
+  return view;
+}
+
+template <class Launch>
+View strided(const std::optional<Tensor>& x, const char* name, int64_t batch, int64_t dim, int64_t seqlen) {
+  return x.has_value() ? strided<Launch>(*x, name, batch, dim, seqlen) : View{};
+}
+
+// Likewise, contiguous along the tokens.
+template <class Launch>
+View rows(const Tensor& x, const char* name, int64_t batch, int64_t dim, int64_t seqlen) {
+  const View view = strided<Launch>(x, name, batch, dim, seqlen);
+  STD_TORCH_CHECK(seqlen <= 1 || view.token == 1, name, " is not contiguous along the tokens");
   return view;
 }
 

@@ -118,4 +118,28 @@ VITZOO_DEVICE void store_row(const View& x, int64_t offset, int64_t valid, const
   }
 }
 
+VITZOO_DEVICE float load_one(const View& x, int64_t offset) {
+  switch (x.kind) {
+    case Kind::bf16:
+      return float(static_cast<const torch::headeronly::BFloat16*>(x.data)[offset]);
+    case Kind::f16:
+      return float(static_cast<const torch::headeronly::Half*>(x.data)[offset]);
+    default:
+      return static_cast<const float*>(x.data)[offset];
+  }
+}
+
+VITZOO_DEVICE void store_one(const View& x, int64_t offset, float value) {
+  switch (x.kind) {
+    case Kind::bf16:
+      static_cast<torch::headeronly::BFloat16*>(x.data)[offset] = torch::headeronly::BFloat16(value);
+      return;
+    case Kind::f16:
+      static_cast<torch::headeronly::Half*>(x.data)[offset] = torch::headeronly::Half(value);
+      return;
+    default:
+      static_cast<float*>(x.data)[offset] = value;
+  }
+}
+
 }  // namespace vitzoo

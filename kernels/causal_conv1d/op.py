@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitzoo.kernels.causal_conv1d import cpu
+from vitzoo.kernels.causal_conv1d import cpu, cuda
 from vitzoo.kernels.causal_conv1d.reference import ACTIVATIONS, causal_conv1d_reference
 from vitzoo.kernels.common import triton_support
 from vitzoo.kernels.common.backends import Backend, Operator
@@ -60,6 +60,7 @@ def _reference_backward(dout: Tensor, dfinal: Tensor | None, *inputs: Any) -> tu
 OPERATOR = Operator(
     "causal_conv1d",
     backends=(
+        Backend("cuda", {"forward": cuda.forward, "backward": cuda.backward}, cuda.why_not),
         Backend("triton", {"forward": _triton_forward, "backward": _triton_backward}, _triton_why_not),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend("reference", {"forward": _reference, "backward": _reference_backward}, lambda *args: None),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitzoo.kernels.causal_conv1d import causal_conv1d
-from vitzoo.kernels.causal_conv1d.inputs import BASELINES, SHAPES, Shape, make_inputs
+from vitzoo.kernels.causal_conv1d import causal_conv1d, cuda
+from vitzoo.kernels.causal_conv1d.inputs import BASELINES, MODEL_SHAPES, SHAPES, Shape, make_inputs
 from vitzoo.kernels.causal_conv1d.reference import causal_conv1d_reference
 from vitzoo.kernels.common import native
 from vitzoo.kernels.common.backends import BackendError, use_backend
@@ -35,11 +35,15 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
 CPU, TRITON = pytest.param("cpu", marks=needs_extension), pytest.param("triton", marks=needs_triton)
+# the CUDA kernels run here in their host form; they take no float64
+CUDA = pytest.param("cuda", marks=needs_extension)
+CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory():
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VITZOO_CUDA_ON_CPU", "1")
     # new memory is filled with NaN, so an output that was not written shows
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -54,7 +58,7 @@ def _device(backend: str) -> str:
     return DEVICE if backend == "triton" else "cpu"
 
 
-@pytest.mark.parametrize("backend", ["reference", CPU, TRITON])
+@pytest.mark.parametrize("backend", ["reference", CPU, TRITON, CUDA])
 @pytest.mark.parametrize("case", GOLDEN)
 def test_goldens(case: str, backend: str) -> None:
     golden = GOLDEN[case]
@@ -82,13 +86,56 @@ def test_triton_is_as_close_as_the_reference(name: str, dtype: torch.dtype) -> N
     assert_backend_close(_with_states, make_inputs(SHAPES[name], dtype, DEVICE), "triton", use_backend)
 
 
+@needs_extension
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_cuda_on_the_host_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    assert_backend_close(_with_states, make_inputs(shape, dtype), "cuda", use_backend)
+
+
+# segments, warps and passes over a segment, in every mixture
+@needs_extension
+@pytest.mark.parametrize(("segment", "threads"), [(1, 32), (7, 32), (64, 64), (200, 96)])
+@pytest.mark.parametrize("name", ["shorter_than_width", "reverse", "channels_last_reverse"])
+def test_cuda_on_the_host_cuts_the_work_in_any_way(
+    segment: int, threads: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "plan", lambda *sizes: (segment, threads))
+    assert_backend_close(_with_states, make_inputs(SHAPES[name]), "cuda", use_backend)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["odd", "channels_last_reverse"])
+def test_cuda_on_the_host_has_no_race(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, results = make_inputs(SHAPES[name]), []
+    for order in ("forward", "reverse", "shuffled"):
+        monkeypatch.setenv("VITZOO_CUDA_HOST_ORDER", order)
+        with use_backend("cuda"):
+            results.append(outputs_and_gradients(_with_states, inputs))
+    for other in results[1:]:
+        assert all(torch.equal(other[key], value) for key, value in results[0].items())
+
+
+@needs_extension
+def test_cuda_refuses_float64() -> None:
+    with use_backend("cuda"), pytest.raises(BackendError, match=r"x is torch.float64, not float32"):
+        causal_conv1d(**make_inputs(SHAPES["tiny"], torch.float64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *MODEL_SHAPES.values()], ids=[*SHAPES, *MODEL_SHAPES])
+def test_cuda_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    assert_backend_close(_with_states, make_inputs(shape, dtype, "cuda"), "cuda", use_backend)
+
+
 @needs_triton
 def test_triton_refuses_float64() -> None:
     with use_backend("triton"), pytest.raises(BackendError, match=r"x is torch.float64, not float32"):
         causal_conv1d(**make_inputs(SHAPES["tiny"], torch.float64, DEVICE))
 
 
-@pytest.mark.parametrize("backend", ["reference", CPU, TRITON])
+@pytest.mark.parametrize("backend", ["reference", CPU, TRITON, CUDA])
 @pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_reverse_is_forward_between_flips(channels_last: bool, width: int, backend: str) -> None:
@@ -115,7 +162,7 @@ def _layouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("backend", ["reference", CPU, TRITON])
+@pytest.mark.parametrize("backend", ["reference", CPU, TRITON, CUDA])
 @pytest.mark.parametrize("layout", ["channels_last", "channel_chunk", "every_second", "batch_last"])
 def test_non_contiguous_inputs(layout: str, backend: str) -> None:
     inputs = make_inputs(SHAPES["odd"], device=_device(backend))
@@ -128,7 +175,7 @@ def test_non_contiguous_inputs(layout: str, backend: str) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", CPU])
+@pytest.mark.parametrize("backend", ["reference", CPU, CUDA])
 def test_out_has_the_layout_of_x(backend: str) -> None:
     inputs = make_inputs(SHAPES["channels_last"])
     with use_backend(backend):
@@ -136,7 +183,7 @@ def test_out_has_the_layout_of_x(backend: str) -> None:
         assert causal_conv1d(**{**inputs, "x": inputs["x"].contiguous()}).is_contiguous()
 
 
-@pytest.mark.parametrize("backend", ["reference", CPU])
+@pytest.mark.parametrize("backend", ["reference", CPU, CUDA])
 @pytest.mark.parametrize("empty", ["batch", "dim", "seqlen"])
 def test_empty_inputs(backend: str, empty: str) -> None:
     inputs = make_inputs(Shape(**{"batch": 2, "dim": 4, "seqlen": 5, empty: 0}, has_initial=True))
@@ -152,7 +199,7 @@ def test_empty_inputs(backend: str, empty: str) -> None:
 
 # NumPy's, in Triton's interpreter: exp(-y) is infinite there and sigmoid zero
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
-@pytest.mark.parametrize("backend", ["reference", CPU, TRITON])
+@pytest.mark.parametrize("backend", ["reference", CPU, TRITON, CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_large_inputs_stay_finite(backend: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(Shape(2, 24, 61, 4, has_initial=True), dtype, _device(backend))
@@ -353,7 +400,7 @@ def test_the_number_of_threads_changes_no_bit(name: str) -> None:
 
 _FORCED = """
 import torch
-from vitzoo.kernels.causal_conv1d import causal_conv1d
+from vitzoo.kernels.causal_conv1d import causal_conv1d, cuda
 from vitzoo.kernels.causal_conv1d.inputs import SHAPES, make_inputs
 from vitzoo.kernels.common import native
 from vitzoo.kernels.common.backends import use_backend
