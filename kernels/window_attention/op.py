@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import exporting, register
-from vitzoo.kernels.window_attention import cpu
+from vitzoo.kernels.window_attention import cpu, cuda
 from vitzoo.kernels.window_attention.reference import (
     padded_size,
     pair,
@@ -22,6 +22,7 @@ from vitzoo.kernels.window_attention.reference import (
 OPERATOR = Operator(
     "window_attention",
     backends=(
+        Backend("cuda", {"forward": cuda.forward, "backward": cuda.backward}, cuda.why_not),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

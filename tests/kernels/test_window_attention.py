@@ -17,18 +17,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitzoo.benchmark.flop_formulas import kind
 from vitzoo.kernels.common import native
-from vitzoo.kernels.common.backends import use_backend
-from vitzoo.kernels.window_attention import window_attention
-from vitzoo.kernels.window_attention.inputs import BASELINES, SHAPES, Shape, make_inputs
+from vitzoo.kernels.common.backends import BackendError, use_backend
+from vitzoo.kernels.window_attention import cuda, window_attention
+from vitzoo.kernels.window_attention.inputs import BASELINES, MODEL_SHAPES, SHAPES, Shape, make_inputs
 from vitzoo.kernels.window_attention.reference import window_attention_reference
-from vitzoo.testing import FLOORS, assert_backend_close, image, relative_difference
+from vitzoo.testing import FLOORS, assert_backend_close, image, outputs_and_gradients, relative_difference
 
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+# the CUDA kernels run here in their host form; they take no float64
+FLOAT32_BACKENDS = [*BACKENDS, pytest.param("cuda", marks=needs_extension)]
+CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory():
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VITZOO_CUDA_ON_CPU", "1")
     # new memory is filled with NaN, so an output that was not written shows
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -40,6 +44,60 @@ def _poisoned_memory():
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_cpu_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
     assert_backend_close(window_attention, make_inputs(shape, dtype), "cpu", use_backend)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_cuda_on_the_host_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    assert_backend_close(window_attention, make_inputs(shape, dtype), "cuda", use_backend)
+
+
+# warps a window, windows one after the other, in every mixture
+@needs_extension
+@pytest.mark.parametrize("warps", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 100])
+@pytest.mark.parametrize("name", ["hifi_bias", "swin_padded", "rolled_first"])
+def test_cuda_on_the_host_cuts_the_work_in_any_way(
+    warps: int, count: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "warps_per_item", lambda area: warps)
+    monkeypatch.setattr(cuda, "windows_per_part", lambda *sizes: count)
+    assert_backend_close(window_attention, make_inputs(SHAPES[name]), "cuda", use_backend)
+
+
+@needs_extension
+def test_cuda_on_the_host_has_no_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "windows_per_part", lambda *sizes: 2)
+    inputs, results = make_inputs(SHAPES["swin_padded"]), []
+    for order in ("forward", "reverse", "shuffled"):
+        monkeypatch.setenv("VITZOO_CUDA_HOST_ORDER", order)
+        with use_backend("cuda"):
+            results.append(outputs_and_gradients(window_attention, inputs))
+    for other in results[1:]:
+        assert all(torch.equal(other[key], value) for key, value in results[0].items())
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        (SHAPES["hifi"], torch.float64, "qkv is torch.float64, not float32"),
+        (Shape(1, 17, 17, 1, 4, 17), torch.float32, "a window of 289 tokens is larger than 256"),
+        (Shape(1, 16, 16, 1, 64, 16), torch.float32, "256 tokens with head_dim 64 exceeds a block's shared"),
+    ],
+    ids=["float64", "window", "memory"],
+)
+def test_cuda_refuses(shape: Shape, dtype: torch.dtype, message: str) -> None:
+    with use_backend("cuda"), pytest.raises(BackendError, match=message):
+        window_attention(**make_inputs(shape, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *MODEL_SHAPES.values()], ids=[*SHAPES, *MODEL_SHAPES])
+def test_cuda_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    assert_backend_close(window_attention, make_inputs(shape, dtype, "cuda"), "cuda", use_backend)
 
 
 def _by_token(inputs: dict[str, Any], shift_first: bool = False) -> Tensor:
@@ -147,7 +205,7 @@ def test_the_benchmarks_baselines_compute_the_same(baseline: str, shift: int) ->
     assert relative_difference(BASELINES[baseline](**inputs), window_attention_reference(**inputs)) < 1e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_non_contiguous_inputs(backend: str) -> None:
     inputs = make_inputs(SHAPES["swin_padded"])
     qkv = inputs["qkv"]
@@ -166,7 +224,7 @@ def test_non_contiguous_inputs(backend: str) -> None:
             torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_empty_batch(backend: str) -> None:
     inputs = make_inputs(Shape(0, 6, 5, 2, 4, 4, 1, has_bias=True, has_pad=True))
     leaves = {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -177,7 +235,7 @@ def test_empty_batch(backend: str) -> None:
     assert not leaves["attn_bias"].grad.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_large_inputs_stay_finite(backend: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(SHAPES["swin"], dtype)
@@ -206,7 +264,7 @@ def test_bias_may_exclude_keys(backend: str) -> None:
     assert relative_difference(out[0, :7, :7].reshape(area, 2, 8).transpose(0, 1), expected) < 1e-12
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FLOAT32_BACKENDS)
 def test_a_nan_stays_in_its_window_and_does_not_vanish(backend: str) -> None:
     inputs = make_inputs(Shape(1, 14, 14, 2, 8, 7))
     inputs["qkv"][0, 8, 2, 16 + 3] = float("nan")  # a key of head 0
