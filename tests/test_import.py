@@ -59,7 +59,9 @@ def test_no_model_of_timm_is_overwritten() -> None:
             assert module.startswith("vitzoo.models." if family.origin == "vitzoo" else "timm.models."), name
 
 
-@pytest.mark.parametrize("name", ["create_model", "list_models", "model_info", "count_flops", "export_onnx"])
+@pytest.mark.parametrize(
+    "name", ["benchmark", "create_model", "list_models", "model_info", "count_flops", "export_onnx"]
+)
 def test_public_functions(name: str) -> None:
     import vitzoo
 

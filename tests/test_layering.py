@@ -26,7 +26,7 @@ RANKS = {
     "testing": 0,
     "_version": 0,
 }
-SIDEWAYS = {("export", "quantization")}
+SIDEWAYS = {("export", "quantization"), ("benchmark", "export")}
 
 
 def _sources() -> list[Path]:
@@ -90,7 +90,7 @@ def test_every_module_has_a_rank() -> None:
         (("layers", "x"), "vitzoo.models.evit"),
         (("models", "evit"), "vitzoo.models.vim"),
         (("kernels", "a", "op"), "vitzoo.kernels.b.op"),
-        (("benchmark", "flops"), "vitzoo.export.onnx"),
+        (("export", "onnx"), "vitzoo.benchmark.flops"),
         (("layers", "x"), "kernels.selective_scan"),
     ],
     ids=lambda v: v if isinstance(v, str) else "/".join(v),

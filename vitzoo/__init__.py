@@ -19,6 +19,7 @@ from vitzoo.registry import CATEGORIES, UnknownModelError, list_models, model_in
 
 if TYPE_CHECKING:
     from vitzoo.benchmark.flops import count_flops
+    from vitzoo.benchmark.run import benchmark
     from vitzoo.export import export_onnx
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "UnknownModelError",
     "__version__",
+    "benchmark",
     "count_flops",
     "create_model",
     "export_onnx",
@@ -40,6 +42,8 @@ _LAZY = {"count_flops": "vitzoo.benchmark.flops", "export_onnx": "vitzoo.export"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "benchmark":  # a package that can be called
+        return importlib.import_module("vitzoo.benchmark")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'vitzoo' has no attribute {name!r}")

@@ -17,6 +17,7 @@ from typing import Any
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 _forced: ContextVar[str | None] = ContextVar("vitzoo_backend", default=None)
+_record: ContextVar[dict[str, set[str]] | None] = ContextVar("vitzoo_backend_record", default=None)
 _warned = False
 operators: dict[str, Operator] = {}
 
@@ -70,6 +71,8 @@ class Operator:
             if reason is None:
                 if backend.name == "reference" and reasons:
                     _warn_once(self.name, reasons)
+                if (record := _record.get()) is not None:
+                    record.setdefault(self.name, set()).add(backend.name)
                 return backend
             reasons.append(f"{backend.name}: {reason}")
         if forced is not None and not reasons:
@@ -95,6 +98,17 @@ def _warn_once(name: str, reasons: list[str]) -> None:
 def forced_backend() -> str | None:
     """Return the backend that `use_backend` forces here, or None."""
     return _forced.get()
+
+
+@contextlib.contextmanager
+def record_backends() -> Iterator[dict[str, set[str]]]:
+    """Give a dictionary that fills with operator -> backends chosen for the calls made inside the block."""
+    record: dict[str, set[str]] = {}
+    token = _record.set(record)
+    try:
+        yield record
+    finally:
+        _record.reset(token)
 
 
 @contextlib.contextmanager

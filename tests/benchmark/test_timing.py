@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from vitzoo.benchmark.machine import machine
-from vitzoo.benchmark.models import BenchSettings, benchmark_models
-from vitzoo.benchmark.timing import Timing, compare
+from vitzoo.benchmark.timing import Timing, compare, compare_blocks
 
 
 def test_rounds_are_interleaved_and_ratios_found() -> None:
@@ -57,14 +56,29 @@ def test_bad_settings(kwargs: dict, message: str) -> None:
         compare({})
 
 
-def test_model_rows_have_timms_keys() -> None:
-    settings = BenchSettings(2, 32, seconds=0.05, kwargs={"depth": 1})
-    good, bad = benchmark_models(["vim_tiny_patch16_224", "cvt_13"], settings)
-    assert good["infer_batch_size"] == 2
-    assert good["infer_img_size"] == 32
-    assert good["infer_samples_per_sec"] == pytest.approx(2e3 / good["infer_step_time"])
-    assert good["param_count"] > 0
-    assert "depth" in bad["error"]
+def test_a_candidate_that_fails_leaves_the_others() -> None:
+    left, failed = iter(range(20)), {}
+    blocks = {"good": lambda calls: 0.001, "bad": lambda calls: 0.001 if next(left) < 15 else 1 / 0}
+    timings = compare_blocks(blocks, seconds=0.03, min_rounds=10, warmup_seconds=1, failed=failed)
+    assert list(timings) == ["good"]
+    assert len(timings["good"].seconds) >= 20
+    assert isinstance(failed["bad"], ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        compare_blocks({"bad": lambda calls: 1 / 0})
+
+
+def test_warm_up_goes_on_until_times_are_stable() -> None:
+    times = iter([0.9, 0.7, 0.5, 0.3, 0.2, 0.1])
+    blocks = {"cold": lambda calls: next(times, 0.1)}
+    timing = compare_blocks(blocks, seconds=0.1, min_rounds=3, warmup_seconds=5)["cold"]
+    assert timing.warmup_calls > 10
+    assert set(timing.seconds) == {0.1}
+
+
+@pytest.mark.parametrize(("block_seconds", "calls"), [(0.0, 1), (0.01, 10)])
+def test_calls_of_a_block(block_seconds: float, calls: int) -> None:
+    timing = compare_blocks({"a": lambda calls: 0.001}, seconds=0.1, block_seconds=block_seconds)["a"]
+    assert timing.calls_per_round == calls
 
 
 def test_machine_record() -> None:

@@ -61,25 +61,59 @@ def test_flops_warns_of_what_it_cannot_count(monkeypatch) -> None:
     assert "mine::op" in result.stderr
 
 
-def test_bench() -> None:
+QUICK = ["--seconds", "0.05", "--min-rounds", "3", "--no-memory"]
+
+
+def test_bench(tmp_path: Path) -> None:
     names = ["vim_tiny_patch16_224", "vim_small_patch16_224"]
-    found = _json("bench", *names, *SMALL, "--seconds", "0.05", "-b", "2")
-    assert [r["model"] for r in found["rows"]] == names
+    files = ["-o", str(tmp_path / "r.jsonl"), "--csv", str(tmp_path / "r.csv")]
+    found = _json("bench", *names, *SMALL, *QUICK, "-b", "1,2", *files)
+    assert [(r["model"], r["infer_batch_size"]) for r in found["rows"]] == [
+        (n, b) for b in (1, 2) for n in names
+    ]
     for row in found["rows"]:
-        assert row["infer_batch_size"] == 2
-        assert row["infer_samples_per_sec"] == pytest.approx(2e3 / row["infer_step_time"])
+        assert row["infer_samples_per_sec"] == pytest.approx(
+            1e3 * row["infer_batch_size"] / row["infer_step_time"], rel=1e-4
+        )
         assert row["p50_ms"] <= row["p90_ms"]
     assert found["machine"]["cpu"]["flags"]
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["header", *["result"] * 4]
+    assert lines[1]["samples_s"]
+    assert (tmp_path / "r.csv").read_text().startswith("model,infer_img_size,infer_samples_per_sec,")
+
+
+def test_bench_prints_a_table_and_takes_baselines() -> None:
+    arguments = ["--against", "timm:deit_tiny_patch16_224", "-k", "depth=1", "--img-size", "32"]
+    result = _run("bench", "vim_tiny_patch16_224", *arguments, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "batch 1" in lines[0]
+    assert "32 pixels" in lines[0]
+    rows = {line.split("│")[1].strip(): line.split("│") for line in lines if line.startswith("│")}
+    assert set(rows) == {"vim_tiny_patch16_224", "timm:deit_tiny_patch16_224"}
+    assert rows["timm:deit_tiny_patch16_224"][7].strip() == "1.00"
+
+
+def test_bench_warns_of_what_it_cannot_count(monkeypatch) -> None:
+    from vitzoo.benchmark import models
+    from vitzoo.benchmark.flops import FlopCount
+
+    counted = FlopCount(macs=1, params=1, input_size=(3, 32, 32), uncounted_ops=["mine::op"])
+    monkeypatch.setattr(models, "count_flops", lambda *args: counted)
+    result = _run("bench", "vim_tiny_patch16_224", *SMALL, *QUICK)
+    assert "FLOPs not counted of mine::op" in result.stderr
 
 
 def test_bench_goes_on_after_a_model_that_fails() -> None:
-    result = _run(
-        "bench", "vim_tiny_patch16_224", "litv2_small", "-k", "depth=1", "--seconds", "0.05", "--json"
-    )
+    names = ["vim_tiny_patch16_224", "litv2_small"]
+    result = _run("bench", *names, "-k", "depth=1", *QUICK, "--json")
     rows = json.loads(result.stdout)["rows"]
     assert result.exit_code == 1
     assert "error" not in rows[0]
     assert "depth" in rows[1]["error"]
+    table = _run("bench", *names, "-k", "depth=1", "--img-size", "32", *QUICK)
+    assert "depth" in table.stdout
 
 
 def test_export(tmp_path: Path) -> None:
@@ -126,6 +160,15 @@ def test_doctor() -> None:
         (["flops", "litv2_small", "-k", "alfa=1"], 1, "alfa"),
         (["flops", "litv2_small", "--img-size", "0"], 2, "neither a side in pixels nor HxW"),
         (["bench", "litv2_small", "-b", "0"], 1, "batch_size 0 is not a positive integer"),
+        (["bench", "litv2_small", "-b", "-1"], 1, "batch_size -1 is not a positive integer"),
+        (["bench", "litv2_small", "-b", "many"], 2, "not whole numbers"),
+        (["bench", "litv2_small", "--dtype", "float8"], 1, "known: float32, bfloat16, float16, int8"),
+        (["bench", "litv2_small", "-o", "nowhere/r.jsonl"], 1, "output's folder does not exist"),
+        (["bench", "litv2_small", "-o", "tests"], 1, "name a file in it"),
+        (["bench", "litv2_small", "-o", "README.md"], 1, "the output exists; choose another or say --force"),
+        (["bench", "litv2_small", "--csv", "README.md"], 1, "the output exists"),
+        (["bench", "litv2_small", "--against", "nowhere.onnx"], 1, "no such ONNX file"),
+        (["bench"], 2, "one of the two"),
         (["export", "litv2_small", "--format", "tflite"], 2, "only onnx"),
         (["export", "vim_tiny_patch16_224", *SMALL, "-o", "nowhere/m.onnx"], 1, "nowhere"),
         (["export", "litv2_small", "--checkpoint", "nowhere.pth"], 1, "no checkpoint file at nowhere.pth"),

@@ -1,51 +1,26 @@
-"""Throughput and latency of models: one row each, in timm's key names, measured in interleaved rounds."""
+"""Models by name, for a size, a type and a layout; and what is known of one without running it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import copy
+from collections.abc import Iterator
 from typing import Any
 
+import timm
 import torch
+from timm.layers import set_fused_attn, use_fused_attn
 from timm.models import get_model_input_config
-from torch import Tensor, nn
+from torch import nn
 
+from vitzoo.benchmark.case import Case, ImgSize, Unsupported
 from vitzoo.benchmark.flops import count_flops
-from vitzoo.benchmark.timing import Progress, Timing, compare
+from vitzoo.benchmark.layers import create_layer
+from vitzoo.benchmark.runtimes import file_facts
 from vitzoo.factory import create_model
-from vitzoo.registry import check_name
-
-Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class BenchSettings:
-    """How models are measured; the same for all of one run.
-
-    Attributes:
-        batch_size: images a call. It is never made smaller: what does not fit fails.
-        img_size: side or (H, W) in pixels; each model's own if None.
-        threads: CPU threads inside an operator; PyTorch's number if None.
-        seconds: time spent on each model after its warm-up.
-        min_rounds: rounds at least.
-        device: where the models run.
-        kwargs: constructor arguments of every model.
-    """
-
-    batch_size: int = 1
-    img_size: int | tuple[int, int] | None = None
-    threads: int | None = None
-    seconds: float = 2.0
-    min_rounds: int = 10
-    device: str = "cpu"
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size {self.batch_size} is not a positive integer")
-
-
-def input_size(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
+def input_size(model: nn.Module, img_size: ImgSize | None = None) -> tuple[int, int, int]:
     """Return (C, H, W) of a model's input: its own, with another height and width if asked for."""
     channels, height, width = get_model_input_config(model)["input_size"]
     if img_size is not None:
@@ -53,103 +28,106 @@ def input_size(model: nn.Module, img_size: int | tuple[int, int] | None = None) 
     return channels, height, width
 
 
-def create_for(name: str, img_size: int | tuple[int, int] | None, **kwargs: Any) -> nn.Module:
+def create_for(name: str, img_size: ImgSize | None, **kwargs: Any) -> nn.Module:
     """Create a model for an input size; models that take any size have no such argument and need none."""
+    make = timm.create_model if name.startswith("timm:") else create_model
+    name = name.removeprefix("timm:")
     if img_size is None:
-        return create_model(name, **kwargs)
+        return make(name, **kwargs)
     try:
-        return create_model(name, **{"img_size": img_size, **kwargs})
+        return make(name, **{"img_size": img_size, **kwargs})
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        return create_model(name, **kwargs)
+        return make(name, **kwargs)
 
 
-def benchmark_models(
-    names: Sequence[str], settings: BenchSettings | None = None, progress: Progress | None = None
-) -> list[Row]:
-    """Measure models side by side.
+def build(case: Case) -> nn.Module:
+    """Return the case's model in its type and memory format, on the default device, in evaluation mode."""
+    with _attention(case.attention):
+        if case.module is not None:
+            model = copy.deepcopy(case.module)
+        elif case.model.startswith("layer:"):
+            model = create_layer(case.model.removeprefix("layer:"), **case.kwargs)
+        else:
+            model = create_for(case.model, case.img_size, **case.kwargs)
+    model = model.eval().to(getattr(torch, case.dtype))
+    if case.memory_format == "channels_last":
+        model = model.to(memory_format=torch.channels_last)
+    return model
 
-    Args:
-        names: model names, with or without tags; a name given twice is measured twice.
-        settings: how.
-        progress: told the present step and the share of the whole that is done.
+
+@contextlib.contextmanager
+def _attention(attention: str) -> Iterator[None]:
+    """Let timm's and our layers be built with their own attention, or with the one that forms the matrix."""
+    before, experimental = use_fused_attn(), use_fused_attn(experimental=True)
+    if attention == "matrix":
+        set_fused_attn(False)
+    try:
+        yield
+    finally:
+        set_fused_attn(before, experimental)
+
+
+def describe(case: Case) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """Return what is known of a case without running it, and the size (C, H, W) of its input.
+
+    The model is built on the meta device where it can be, so that counting costs neither time nor memory.
 
     Returns:
-        One row a model, in the order given. A model that cannot be built or run has a row whose "error" says
-        why, and the others are measured all the same.
+        Fields of a row: sizes, multiply-accumulates of one image's forward pass, operators not counted.
 
     Raises:
-        UnknownModelError: a name that no model has; nothing is measured then.
-        ValueError: settings that make no sense.
+        Unsupported: an ONNX file that does not take the batch or image size asked for.
+        Exception: whatever building the model or running it raises.
     """
-    settings = settings or BenchSettings()
-    for name in names:
-        check_name(name)
-    rows: list[Row] = []
-    work: dict[str, Callable[[], Any]] = {}
-    for index, name in enumerate(names):
-        row: Row = {"model": name}
-        rows.append(row)
-        try:
-            model, x = _prepare(name, settings, row)
-            label = f"{index}:{name}"
-            work[label] = _forward(model, x)
-            work[label]()
-        except Exception as error:
-            work.pop(f"{index}:{name}", None)
-            row["error"] = f"{type(error).__name__}: {error}"
-    if work:
-        timings = compare(
-            work,
-            seconds=settings.seconds,
-            min_rounds=settings.min_rounds,
-            threads=settings.threads,
-            images=settings.batch_size,
-            progress=progress,
-        )
-        for label, timing in timings.items():
-            rows[int(label.partition(":")[0])].update(_figures(timing))
-    return rows
-
-
-def _prepare(name: str, settings: BenchSettings, row: Row) -> tuple[nn.Module, Tensor]:
-    """Create a model and its input, and write down what is known of it without running it."""
-    model = create_for(name, settings.img_size, **settings.kwargs).eval().to(settings.device)
-    size = input_size(model, settings.img_size)
+    if case.is_file:
+        return _describe_file(case)
+    model = _on_meta(case)
+    size = input_size(model, case.img_size)
     counted = count_flops(model, size)
-    row |= {
-        "infer_img_size": size[1] if size[1] == size[2] else list(size[1:]),
-        "infer_batch_size": settings.batch_size,
+    tensors = [*model.parameters(), *model.buffers()]
+    facts = {
         "infer_gmacs": round(counted.gmacs, 4),
         "infer_gflops": round(counted.gflops, 4),
         "scan_gmacs": round(counted.by_kind.get("scan", 0.0), 4),
+        "gmacs_by_kind": {kind: round(gmacs, 4) for kind, gmacs in counted.by_kind.items()},
         "uncounted_ops": counted.uncounted_ops,
         "param_count": round(counted.params / 1e6, 3),
-        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "device": settings.device,
+        "weight_mib": round(sum(t.numel() * t.element_size() for t in tensors) / 2**20, 3),
     }
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(settings.batch_size, *size, generator=generator)
-    return model, x.to(settings.device)
+    return facts, size
 
 
-def _forward(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    def forward() -> Any:
-        with torch.inference_mode():
-            return model(x)
+def _on_meta(case: Case) -> nn.Module:
+    if case.module is not None:
+        return build(case)
+    try:
+        with torch.device("meta"):
+            model = build(case)
+        count_flops(model, input_size(model, case.img_size))
+    except Exception:  # a model that reads values while it is built or run; a real fault shows again below
+        return build(case)
+    return model
 
-    return forward
+
+def _describe_file(case: Case) -> tuple[dict[str, Any], Any]:
+    from pathlib import Path
+
+    facts = file_facts(Path(case.model))
+    shape = facts.pop("input")
+    if len(shape) != 4:
+        raise Unsupported(f"{case.model} takes {len(shape)}-dimensional input, expected images (B, C, H, W)")
+    asked = (case.batch_size, None, *_pair(case.img_size))
+    for what, fixed, wanted in zip(("batch", "channels", "height", "width"), shape, asked, strict=True):
+        if fixed is not None and wanted is not None and fixed != wanted:
+            raise Unsupported(f"{case.model} has a fixed {what} of {fixed}, not {wanted}")
+    size = [fixed or wanted for fixed, wanted in zip(shape[1:], (3, *asked[2:]), strict=True)]
+    if None in size:
+        raise Unsupported(f"{case.model} takes images of any size: name one with img_size")
+    rounded = {key: round(value, 3) for key, value in facts.items()}
+    return {**rounded, "infer_gmacs": None, "infer_gflops": None}, (size[0], size[1], size[2])
 
 
-def _figures(timing: Timing) -> Row:
-    return {
-        "infer_samples_per_sec": timing.images_per_second,
-        "infer_step_time": 1e3 * timing.median,
-        "iqr_ms": 1e3 * timing.iqr,
-        **{f"p{p}_ms": 1e3 * timing.percentile(p) for p in (50, 90, 99)},
-        "rounds": len(timing.seconds),
-        "calls_per_round": timing.calls_per_round,
-        "warmup_calls": timing.warmup_calls,
-        "threads": timing.threads,
-    }
+def _pair(size: ImgSize | None) -> tuple[int | None, int | None]:
+    return (size, size) if size is None or isinstance(size, int) else size

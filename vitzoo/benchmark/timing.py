@@ -7,6 +7,7 @@ round calls each candidate once, in turn, so that a slow moment hits all alike a
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from torch.utils.benchmark import Measurement, TaskSpec
 from torch.utils.benchmark.utils.timer import timer as clock  # waits for the accelerator, if there is one
 
 Work = Callable[[], Any]
+Block = Callable[[int], float]  # makes that many calls in a row, returns the mean seconds of one
 Progress = Callable[[str, float], None]
 
 BLOCK_SECONDS = 1e-3  # a shorter call is timed in blocks of several
@@ -112,29 +114,132 @@ def compare(
         ValueError: no candidate, or a number that makes no sense.
         Exception: whatever a candidate raises.
     """
+    return compare_blocks(
+        {name: functools.partial(run_block, work) for name, work in candidates.items()},
+        seconds=seconds,
+        min_rounds=min_rounds,
+        warmup_seconds=warmup_seconds,
+        threads=threads,
+        images=images,
+        progress=progress,
+    )
+
+
+def compare_blocks(
+    candidates: Mapping[str, Block],
+    *,
+    seconds: float = 2.0,
+    min_rounds: int = 10,
+    warmup_seconds: float = 2.0,
+    block_seconds: float = BLOCK_SECONDS,
+    threads: int | None = None,
+    images: int | Mapping[str, int] = 1,
+    progress: Progress | None = None,
+    failed: dict[str, Exception] | None = None,
+) -> dict[str, Timing]:
+    """Time candidates that may live in other processes in interleaved rounds; `compare` for those that may not.
+
+    Args:
+        candidates: name -> what makes a number of calls and returns the mean seconds of one.
+        seconds: time to spend on each, warm-up not included.
+        min_rounds: rounds at least, however long they take.
+        warmup_seconds: bound on the warm-up of each; it ends before when the times are stable.
+        block_seconds: calls are timed in blocks of at least this; 0 times every call by itself.
+        threads: CPU threads inside an operator while timing; PyTorch's number if None.
+        images: images a call processes, one number or one a candidate.
+        progress: told the present step and the share of the whole that is done.
+        failed: given a dictionary, a candidate that raises is left out of further rounds and its error put
+            there, and the others are timed all the same.
+
+    Returns:
+        name -> times, in the order given, of those that did not fail.
+
+    Raises:
+        ValueError: no candidate, or a number that makes no sense.
+        Exception: whatever a candidate raises, unless `failed` takes it.
+    """
     if not candidates:
         raise ValueError("there is nothing to time")
     for what, value in (("seconds", seconds), ("min_rounds", min_rounds)):
         if value <= 0:
             raise ValueError(f"{what} {value} is not positive")
-    tell = progress or _silent
     with _threads(threads) as count:
-        blocks: dict[str, tuple[int, int]] = {}
-        for index, (name, work) in enumerate(candidates.items()):
-            tell(f"warm up {name}", 0.2 * index / len(candidates))
-            blocks[name] = _warm_up(work, warmup_seconds)
-        times = _rounds(candidates, {n: b[1] for n, b in blocks.items()}, seconds, min_rounds, tell)
+        rounds = _Rounds(candidates, progress or _silent, failed)
+        rounds.warm_up(warmup_seconds, block_seconds)
+        rounds.run(seconds, min_rounds)
     return {
         name: Timing(
             name=name,
-            seconds=tuple(times[name]),
-            calls_per_round=blocks[name][1],
-            warmup_calls=blocks[name][0],
+            seconds=tuple(times),
+            calls_per_round=rounds.calls[name],
+            warmup_calls=rounds.warmup_calls[name],
             threads=count,
             images=images if isinstance(images, int) else images[name],
         )
-        for name in candidates
+        for name, times in rounds.times.items()
     }
+
+
+def run_block(work: Work, calls: int) -> float:
+    """Make calls in a row and return the mean seconds of one; an accelerator is waited for at both ends."""
+    start = clock()
+    for _ in range(calls):
+        work()
+    return (clock() - start) / calls
+
+
+class _Rounds:
+    """The candidates still in the race and their times, all of the same rounds."""
+
+    def __init__(
+        self, candidates: Mapping[str, Block], tell: Progress, failed: dict[str, Exception] | None
+    ) -> None:
+        self.times: dict[str, list[float]] = {name: [] for name in candidates}
+        self.calls: dict[str, int] = {}
+        self.warmup_calls: dict[str, int] = {}
+        self._blocks, self._tell, self._failed = candidates, tell, failed
+
+    @contextlib.contextmanager
+    def _dropping(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._failed is None:
+                raise
+            self._failed[name] = error
+            del self.times[name]
+
+    def warm_up(self, limit: float, block_seconds: float) -> None:
+        """Call each until two windows of five calls have medians within 5%, or for the limit in seconds."""
+        for index, name in enumerate(list(self.times)):
+            self._tell(f"warm up {name}", 0.2 * index / len(self._blocks))
+            with self._dropping(name):
+                times = [self._blocks[name](1)]
+                end = time.perf_counter() + limit
+                while time.perf_counter() < end and not _stable(times):
+                    times.append(self._blocks[name](1))
+                self.warmup_calls[name] = len(times)
+                self.calls[name] = max(1, math.ceil(block_seconds / max(min(times), 1e-9)))
+
+    def run(self, seconds: float, min_rounds: int) -> None:
+        """Call each in turn until the mean candidate has had its seconds, and the rounds are enough."""
+        spent, rounds = 0.0, 0
+        while self.times and (rounds < min_rounds or spent < seconds * len(self.times)):
+            for name in list(self.times):
+                done = min(1.0, min(spent / (seconds * len(self.times)), rounds / min_rounds))
+                self._tell(f"time {name}", 0.2 + 0.8 * done)
+                with self._dropping(name):
+                    self.times[name].append(self._blocks[name](self.calls[name]))
+                    spent += self.times[name][-1] * self.calls[name]
+            rounds += 1
+        self._tell("done", 1.0)
+
+
+def _stable(times: list[float]) -> bool:
+    if len(times) < 2 * WARMUP_CALLS:
+        return False
+    before, now = np.median(times[-2 * WARMUP_CALLS : -WARMUP_CALLS]), np.median(times[-WARMUP_CALLS:])
+    return bool(abs(now / before - 1) < STABLE)
 
 
 def _silent(step: str, done: float) -> None:
@@ -152,46 +257,3 @@ def _threads(threads: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-
-
-def _block(work: Work, calls: int) -> float:
-    """Return the mean seconds of a call."""
-    start = clock()
-    for _ in range(calls):
-        work()
-    return (clock() - start) / calls
-
-
-def _warm_up(work: Work, limit: float) -> tuple[int, int]:
-    """Call until two windows of five calls have medians within 5%, or the limit in seconds is reached.
-
-    Returns:
-        Calls made, and the calls of a block of at least a millisecond.
-    """
-    times = [_block(work, 1)]
-    end = time.perf_counter() + limit
-    while time.perf_counter() < end and not _stable(times):
-        times.append(_block(work, 1))
-    return len(times), max(1, math.ceil(BLOCK_SECONDS / max(min(times), 1e-9)))
-
-
-def _stable(times: list[float]) -> bool:
-    if len(times) < 2 * WARMUP_CALLS:
-        return False
-    before, now = np.median(times[-2 * WARMUP_CALLS : -WARMUP_CALLS]), np.median(times[-WARMUP_CALLS:])
-    return bool(abs(now / before - 1) < STABLE)
-
-
-def _rounds(
-    candidates: Mapping[str, Work], calls: Mapping[str, int], seconds: float, min_rounds: int, tell: Progress
-) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    budget, spent, rounds = seconds * len(candidates), 0.0, 0
-    while rounds < min_rounds or spent < budget:
-        for name, work in candidates.items():
-            tell(f"time {name}", 0.2 + 0.8 * min(1.0, min(spent / budget, rounds / min_rounds)))
-            times[name].append(_block(work, calls[name]))
-            spent += times[name][-1] * calls[name]
-        rounds += 1
-    tell("done", 1.0)
-    return times

@@ -1,0 +1,242 @@
+"""One group of cases, timed side by side: the rows of one combination of settings."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vitzoo.benchmark.case import Case, Measure, Unsupported
+from vitzoo.benchmark.models import build, describe
+from vitzoo.benchmark.results import Row
+from vitzoo.benchmark.runtimes import check, with_file
+from vitzoo.benchmark.statistics import ratio_of_medians
+from vitzoo.benchmark.subject import Subject, prepare
+from vitzoo.benchmark.timing import BLOCK_SECONDS, Progress, Timing, compare_blocks
+from vitzoo.benchmark.worker import Worker, WorkerError
+
+# raw samples kept in a row: beyond this every second, third, ... round is
+MAX_SAMPLES = 1000
+# on an accelerator calls are queued: latency waits for each, throughput for a block of this many seconds
+QUEUED_SECONDS = 0.05
+
+Size = tuple[int, int, int]
+
+
+def run_group(cases: list[Case], base: int, how: Measure, folder: Path, tell: Progress) -> list[Row]:
+    """Measure cases side by side.
+
+    Args:
+        cases: all of one setting, labels all different.
+        base: index of the case that ratios are to.
+        how: how.
+        folder: for exported files, which later groups use again.
+        tell: told the present step and the share of the group that is done.
+
+    Returns:
+        One row a case, in order; a case that failed has "error" and "error_kind".
+    """
+    group = _Group(cases, how, folder, tell)
+    try:
+        group.prepare()
+        group.time()
+        group.measure_memory()
+    finally:
+        group.close()
+    if "samples_s" in group.rows[base]:
+        for row in group.rows:
+            _add_ratio(row, group.rows[base], group.names[base], how.confidence)
+    return [_thinned(row) for row in group.rows]
+
+
+class _Group:
+    def __init__(self, cases: list[Case], how: Measure, folder: Path, tell: Progress) -> None:
+        self.cases, self.how, self.folder, self.tell = list(cases), how, folder, tell
+        self.names = [case.name for case in cases]
+        self.rows = [settings_of(case) for case in cases]
+        self.sizes: list[Size | None] = [None] * len(cases)
+        self.subjects: dict[str, Subject | Worker] = {}
+
+    def prepare(self) -> None:
+        """Build every case and call it once."""
+        for i, case in enumerate(self.cases):
+            self.tell(f"build {case.name}", 0.15 * i / len(self.cases))
+            with failures_in(self.rows[i]):
+                check(case)
+                facts, size = describe(case)
+                self.rows[i] |= facts
+                self.rows[i][f"{case.mode}_img_size"] = _side(size)
+                self.sizes[i] = size
+                self.cases[i] = with_file(case, build, size, self.folder)
+                with _threads(case.threads):
+                    start = Worker if self.how.isolate else prepare
+                    self.subjects[case.name] = start(self.cases[i], size)
+                self.rows[i] |= self.subjects[case.name].facts
+
+    def time(self) -> None:
+        """Time those that work in interleaved rounds."""
+        if not self.subjects:
+            return
+        queued = self.cases[0].device.startswith("cuda")
+        begin = time.perf_counter()
+        latency, failed = self._compare(0.0 if queued else BLOCK_SECONDS, 0.15, 0.35 if queued else 0.7)
+        throughput = latency
+        if queued and latency:
+            throughput, more = self._compare(QUEUED_SECONDS, 0.5, 0.35)
+            failed |= more
+        seconds = time.perf_counter() - begin
+        for row, name in zip(self.rows, self.names, strict=True):
+            if name in failed:
+                set_error(row, failed[name])
+            elif name in latency and name in throughput:
+                row |= figures(latency[name], throughput[name], row["mode"])
+                row["run_seconds"] = round(seconds, 3)
+
+    def _compare(
+        self, block_seconds: float, start: float, share: float
+    ) -> tuple[dict[str, Timing], dict[str, Exception]]:
+        failed: dict[str, Exception] = {}
+        working = {n: s for n, s in self.subjects.items() if "error" not in self.rows[self.names.index(n)]}
+        timings = compare_blocks(
+            {name: subject.block for name, subject in working.items()},
+            seconds=self.how.seconds,
+            min_rounds=self.how.min_rounds,
+            warmup_seconds=self.how.warmup_seconds,
+            block_seconds=block_seconds,
+            threads=self.cases[0].threads,
+            images=self.cases[0].batch_size,
+            progress=lambda step, done: self.tell(step, start + share * done),
+            failed=failed,
+        )
+        return timings, failed
+
+    def measure_memory(self) -> None:
+        """Find the peak memory of each case that worked, each in a process of its own."""
+        if not self.how.memory:
+            return
+        for i, (case, size) in enumerate(zip(self.cases, self.sizes, strict=True)):
+            row = self.rows[i]
+            if "error" in row or size is None:
+                continue
+            self.tell(f"memory of {case.name}", 0.85 + 0.15 * i / len(self.cases))
+            row["peak_mem_of"] = "CUDA allocator" if case.device.startswith("cuda") else "resident set"
+            try:
+                row["peak_mem_mib"] = round(self._peak(case, size), 2)
+            except WorkerError as error:
+                row["peak_mem_mib"], row["peak_mem_error"] = None, f"{error.kind}: {error}"
+
+    def _peak(self, case: Case, size: Size) -> float:
+        subject = self.subjects[case.name]
+        if isinstance(subject, Worker):
+            return subject.peak_memory()
+        worker = Worker(replace(case, threads=case.threads or torch.get_num_threads()), size)
+        try:
+            return worker.peak_memory()
+        finally:
+            worker.close()
+
+    def close(self) -> None:
+        """Let the models go, and end their processes."""
+        for subject in self.subjects.values():
+            subject.close()
+
+
+@contextlib.contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _side(size: Size) -> int | list[int]:
+    return size[1] if size[1] == size[2] else [size[1], size[2]]
+
+
+def settings_of(case: Case) -> Row:
+    """Return the fields of a row that say what was asked for."""
+    tag = "" if case.is_file else case.model.partition(".")[2]
+    return {
+        "model": case.model,
+        "label": case.name,
+        "tag": tag or None,
+        "mode": case.mode,
+        "runtime": case.runtime,
+        "precision": case.dtype,
+        "layout": case.memory_format,
+        "attention": case.attention,
+        "device": case.device,
+        "threads": case.threads or torch.get_num_threads(),
+        "requested_img_size": list(case.img_size) if isinstance(case.img_size, tuple) else case.img_size,
+        "requested_batch_size": case.batch_size,
+        f"{case.mode}_batch_size": case.batch_size,
+        "kwargs": dict(case.kwargs),
+    }
+
+
+@contextlib.contextmanager
+def failures_in(row: Row) -> Iterator[None]:
+    """Write a failure of the block into a row, so that the other cases are still measured."""
+    try:
+        yield
+    except Exception as error:
+        set_error(row, error)
+
+
+def set_error(row: Row, error: Exception) -> None:
+    """Write what went wrong into a row, and which kind it is: out of memory, unsupported, missing package, failed."""
+    kind = error.kind if isinstance(error, WorkerError) else type(error).__name__
+    text = str(error)
+    row["error"] = f"{kind}: {text}"
+    if kind in ("MemoryError", "OutOfMemoryError") or "not enough memory" in text or "can't allocate" in text:
+        row["error_kind"] = "out of memory"
+    elif isinstance(error, Unsupported) or kind == Unsupported.__name__:
+        row["error_kind"] = "unsupported"
+    elif kind in ("ImportError", "ModuleNotFoundError"):
+        row["error_kind"] = "missing package"
+    else:
+        row["error_kind"] = "failed"
+
+
+def figures(latency: Timing, throughput: Timing, mode: str) -> Row:
+    """Return the fields of a row that timing gives: timm's names, milliseconds, and the raw samples."""
+    return {
+        f"{mode}_samples_per_sec": _short(throughput.images_per_second),
+        f"{mode}_step_time": _short(1e3 * throughput.median),
+        "iqr_ms": _short(1e3 * latency.iqr),
+        **{f"p{p}_ms": _short(1e3 * latency.percentile(p)) for p in (50, 90, 99)},
+        "rounds": len(latency.seconds),
+        "calls_per_round": latency.calls_per_round,
+        "n_iter": len(latency.seconds) * latency.calls_per_round,
+        "n_warmup": latency.warmup_calls,
+        "threads": latency.threads,
+        "samples_s": list(throughput.seconds),
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _add_ratio(row: Row, base: Row, name: str, confidence: float) -> None:
+    if "samples_s" not in row:
+        return
+    ratio = ratio_of_medians(base["samples_s"], row["samples_s"], confidence, paired=True)
+    ends = [None if math.isnan(end) else _short(end) for end in (ratio.low, ratio.high)]
+    row |= {"ratio": _short(ratio.value), "ratio_low": ends[0], "ratio_high": ends[1], "ratio_to": name}
+
+
+def _thinned(row: Row) -> Row:
+    """Keep at most `MAX_SAMPLES` samples, evenly spread over the rounds."""
+    if "samples_s" in row:
+        every = -(-len(row["samples_s"]) // MAX_SAMPLES)
+        row["samples_s"] = [_short(seconds) for seconds in row["samples_s"][::every]]
+        row["samples_every"] = every
+    return row

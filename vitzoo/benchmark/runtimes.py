@@ -1,0 +1,149 @@
+"""Runtimes other than PyTorch's own: each turns an ONNX file and an input into something to call."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitzoo.benchmark.case import FILE_RUNTIMES, Case, Unsupported
+
+Run = Callable[[Any], list[Any]]
+INSTALL = {"onnxruntime": "pip install 'vitzoo[onnx]'", "openvino": "pip install 'vitzoo[openvino]'"}
+
+
+def require(runtime: str) -> None:
+    """Find out whether a runtime's package is there.
+
+    Raises:
+        ImportError: it is not; the message has the line that installs it.
+    """
+    if runtime in INSTALL and importlib.util.find_spec(runtime) is None:
+        raise ImportError(f"runtime {runtime} is not installed here: {INSTALL[runtime]}")
+
+
+def check(case: Case) -> None:
+    """Find out whether a case can be run by its runtime.
+
+    Raises:
+        Unsupported: a combination that no runtime here takes.
+        ImportError: a missing package, with the line that installs it.
+    """
+    if case.runtime in FILE_RUNTIMES:
+        wrong = {
+            "mode": case.mode != "infer",
+            "device": case.device != "cpu",
+            "dtype": case.dtype != "float32",
+            "memory_format": case.memory_format != "contiguous",
+        }
+        for name, bad in wrong.items():
+            if bad:
+                value = getattr(case, name)
+                raise Unsupported(
+                    f"runtime {case.runtime} is measured in float32 inference on the CPU, not {value}"
+                )
+    elif case.is_file:
+        raise Unsupported(
+            f"{case.model} is an ONNX file: runtime is {' or '.join(FILE_RUNTIMES)}, not {case.runtime}"
+        )
+    if case.dtype == "int8":
+        raise Unsupported("int8 needs a quantized form of the model, and none is registered for this runtime")
+    require(case.runtime)
+
+
+def with_file(case: Case, build: Callable[[Case], nn.Module], size: Sequence[int], folder: Path) -> Case:
+    """Return the case with the ONNX file that its runtime reads; a model without one yet is exported to the folder."""
+    if case.runtime not in FILE_RUNTIMES:
+        return case
+    if case.is_file:
+        return replace(case, file=Path(case.model).resolve())
+    from vitzoo.export import export_onnx
+
+    # the batch is dynamic: one file serves every batch size, number of threads and runtime of a sweep
+    same = (case.model, id(case.module), tuple(size), case.attention, sorted(case.kwargs.items(), key=str))
+    path = folder / f"{hashlib.sha256(repr(same).encode()).hexdigest()[:16]}.onnx"
+    if not path.exists():
+        torch.manual_seed(0)
+        model = build(case)
+        export_onnx(model, path, tuple(size), check=False)
+        x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            torch.save({"x": x, "out": _first(model(x))}, _expected(path))
+    return replace(case, file=path, module=None)
+
+
+def _expected(path: Path) -> Path:
+    return path.with_suffix(".pt")
+
+
+def _first(out: Any) -> Tensor:
+    while not isinstance(out, Tensor):
+        out = next(iter(out.values() if isinstance(out, dict) else out))
+    return out.clone()
+
+
+def open_file(case: Case) -> Run:
+    """Open the case's ONNX file in its runtime: a function from images (B, C, H, W), float32, to outputs."""
+    assert case.file is not None, "with_file comes first"
+    threads = case.threads or torch.get_num_threads()
+    return (_onnxruntime if case.runtime == "onnxruntime" else _openvino)(case.file, threads)
+
+
+def difference_from_eager(case: Case, run: Run) -> float | None:
+    """Return norm(out - eager) / norm(eager) of a file that was exported here, None of a user's file."""
+    if case.file is None or not _expected(case.file).exists():
+        return None
+    from vitzoo.testing import relative_difference
+
+    expected = torch.load(_expected(case.file), weights_only=True)
+    return relative_difference(torch.from_numpy(run(expected["x"].numpy())[0]), expected["out"])
+
+
+def _onnxruntime(path: Path, threads: int) -> Run:
+    from vitzoo.export.check import open_session
+
+    session = open_session(path, threads)
+    name = session.get_inputs()[0].name
+    return lambda array: session.run(None, {name: array})
+
+
+def _openvino(path: Path, threads: int) -> Run:
+    import openvino
+
+    # without the precision hint, processors with bfloat16 run in it and the row would not say so
+    config = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    core = openvino.Core()
+    # the batch stays dynamic: a graph with a scan reshaped to a fixed one gives wrong numbers in 2026.4.1
+    request = core.compile_model(core.read_model(path), "CPU", config).create_infer_request()
+    return lambda array: list(request.infer({0: array}).values())
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Return what is known of an ONNX file without running it: its size, parameters and input.
+
+    Returns:
+        `weight_mib`, `param_count` in millions, and `input`, its input's shape with None where it is free.
+    """
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    sizes = [
+        path.stat().st_size,
+        *(f.stat().st_size for f in [path.with_name(path.name + ".data")] if f.exists()),
+    ]
+    constant = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constant]
+    shape = [d.dim_value or None for d in inputs[0].type.tensor_type.shape.dim]
+    parameters = sum(math.prod(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) > 0)
+    return {"weight_mib": sum(sizes) / 2**20, "param_count": parameters / 1e6, "input": shape}

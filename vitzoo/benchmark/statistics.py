@@ -1,0 +1,97 @@
+"""Bootstrap intervals of ratios of times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of medians and its bootstrap interval.
+
+    Attributes:
+        value: how often the second time fits into the first: above 1, the second is the faster.
+        low, high: ends of the interval, NaN where there are too few samples for one.
+        confidence: of the interval.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval excludes 1."""
+        return self.low > 1 or self.high < 1
+
+
+def ratio_of_medians(
+    first: Sequence[float], second: Sequence[float], confidence: float = 0.99, paired: bool = False
+) -> Ratio:
+    """Return median(first) / median(second) with a percentile bootstrap interval.
+
+    Neighbouring rounds are alike on a busy machine, so that blocks of rounds are resampled and not single ones:
+    resampling rounds as if they were independent gives intervals that are too narrow.
+
+    Args:
+        first: seconds a call, in the order of the rounds.
+        second: likewise.
+        confidence: of the interval.
+        paired: both were timed in the same rounds, and the same rounds are drawn for both: what slowed a round down
+            cancels.
+
+    Raises:
+        ValueError: no samples, or paired ones of different lengths.
+    """
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if not len(a) or not len(b):
+        raise ValueError(f"a ratio needs samples of both, there are {len(a)} and {len(b)}")
+    if paired and len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} rounds were not timed in the same rounds")
+    value = float(np.median(a) / np.median(b))
+    blocks = _blocks(a), _blocks(b)
+    if min(len(blocks[0]), len(blocks[1])) < 3:
+        return Ratio(value, math.nan, math.nan, confidence)
+    low, high = _interval(*blocks, confidence, paired)
+    # with few blocks the point estimate, which uses the left-over rounds too, may fall just outside
+    return Ratio(value, min(low, value), max(high, value), confidence)
+
+
+def _blocks(samples: np.ndarray) -> np.ndarray:
+    """Cut (rounds,) into (blocks, rounds of a block); rounds that fill no block are left out."""
+    length = round(len(samples) ** (1 / 3)) if len(samples) >= 16 else 1
+    return samples[: len(samples) // length * length].reshape(-1, length)
+
+
+def _interval(a: np.ndarray, b: np.ndarray, confidence: float, paired: bool) -> tuple[float, float]:
+    from scipy.stats import bootstrap
+
+    def statistic(i: Any, j: Any, axis: int = -1) -> Any:
+        # whole blocks are drawn by their numbers: (resamples, blocks) -> (resamples, rounds)
+        return np.median(_drawn(a, i), axis=-1) / np.median(_drawn(b, j), axis=-1)
+
+    found = bootstrap(
+        (np.arange(len(a)), np.arange(len(b))),
+        statistic,
+        n_resamples=RESAMPLES,
+        paired=paired,
+        vectorized=True,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _drawn(blocks: np.ndarray, numbers: Any) -> np.ndarray:
+    chosen = blocks[np.asarray(numbers, dtype=int)]
+    return chosen.reshape(*chosen.shape[:-2], -1)

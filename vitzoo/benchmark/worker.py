@@ -1,0 +1,205 @@
+"""A process of its own for one case: `python -m vitzoo.benchmark.worker`, spoken to by `Worker`.
+
+Requests and answers are pickles over standard input and output. The child is ours, started by us: nothing from
+elsewhere is unpickled. Whatever the model prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, BinaryIO
+
+import torch
+
+from vitzoo.benchmark.case import Case
+from vitzoo.benchmark.memory import MIB, MemoryUnknownError, allocated, peak_of
+from vitzoo.benchmark.subject import Subject, prepare
+
+Size = tuple[int, int, int]
+
+
+class WorkerError(RuntimeError):
+    """What went wrong in the child, in its words."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind  # the class of the exception raised there
+
+
+class Worker:
+    """A child process that holds one case, with the interface of `Subject`.
+
+    Args:
+        case: what it is to hold.
+        size: (C, H, W) of its input.
+
+    Raises:
+        WorkerError: building or running the case failed, or the process died.
+    """
+
+    def __init__(self, case: Case, size: Size) -> None:
+        paths = os.pathsep.join(path for path in sys.path if path)
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  (what it says on standard error, shown only if it dies)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vitzoo.benchmark.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+        try:
+            self.facts: dict[str, Any] = self._ask(
+                "prepare", replace(case, module=None, kwargs=dict(case.kwargs)), _packed(case), size
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def block(self, calls: int) -> float:
+        """Make calls in a row and return the mean seconds of one."""
+        return self._ask("block", calls)
+
+    def peak_memory(self) -> float:
+        """Return the most MiB that the process held during a call, above what it held before the model was built."""
+        return self._ask("peak_memory")
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # the end of its requests is the end of its loop
+        with contextlib.suppress(OSError):
+            self._process.stdout.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._said.close()
+
+    def _ask(self, request: str, *arguments: Any) -> Any:
+        try:
+            pickle.dump((request, arguments), self._process.stdin)  # type: ignore[arg-type]
+            self._process.stdin.flush()  # type: ignore[union-attr]
+            good, answer = pickle.load(self._process.stdout)  # type: ignore[arg-type]
+        except (EOFError, OSError) as error:
+            code = self._process.wait()
+            killed = code == -signal.SIGKILL
+            why = (
+                "it was killed, as the system does when memory runs out" if killed else self._last_words(code)
+            )
+            raise WorkerError(
+                "MemoryError" if killed else "WorkerError", f"the process died: {why}"
+            ) from error
+        if not good:
+            raise WorkerError(*answer)
+        return answer
+
+    def _last_words(self, code: int) -> str:
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        return f"exit code {code}" + (f", {lines[-1]}" if lines else "")
+
+
+def _packed(case: Case) -> bytes:
+    """Pack the model of a case that brings one; the rest of a case is plain data."""
+    if case.module is None:
+        return b""
+    buffer = io.BytesIO()
+    torch.save(case.module, buffer)
+    return buffer.getvalue()
+
+
+class _Held:
+    """What the child holds: the case, once prepared."""
+
+    def __init__(self) -> None:
+        self.subject: Subject | None = None
+        self.device = "cpu"
+        self.start: int | MemoryUnknownError = 0
+
+    def prepare(self, case: Case, packed: bytes, size: Size) -> dict[str, Any]:
+        self.device = case.device
+        if case.threads is not None:
+            torch.set_num_threads(case.threads)
+        _preload(case)
+        try:
+            # the parcel is here already and goes away again once the model is out of it
+            self.start = allocated(self.device) - (len(packed) if self.device == "cpu" else 0)
+        except MemoryUnknownError as error:
+            self.start = error
+        if packed:
+            case = replace(case, module=torch.load(io.BytesIO(packed), weights_only=False))
+        self.subject = prepare(case, size)
+        return self.subject.facts
+
+    def block(self, calls: int) -> float:
+        assert self.subject is not None
+        return self.subject.block(calls)
+
+    def peak_memory(self) -> float:
+        assert self.subject is not None
+        if isinstance(self.start, MemoryUnknownError):
+            raise self.start
+        return (peak_of(self.subject.work, self.device) - self.start) / MIB
+
+
+def _preload(case: Case) -> None:
+    """Load what any model would: libraries and thread pools are not the model's memory."""
+    x = torch.randn(1, 8, 16, 16)
+    with torch.inference_mode():
+        y = torch.conv2d(x, torch.randn(8, 8, 3, 3)).flatten(2)
+        torch.nn.functional.scaled_dot_product_attention(y, y, y) @ y.mT
+    if case.runtime == "compiled":
+        torch.compile(lambda t: t * 2 + 1)(x)
+    elif case.runtime == "onnxruntime":
+        import onnxruntime  # noqa: F401
+    elif case.runtime == "openvino":
+        import openvino
+
+        openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
+    if case.device.startswith("cuda"):
+        torch.cuda.init()
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Answer requests until they end."""
+    held = _Held()
+    known: dict[str, Callable[..., Any]] = {
+        "prepare": held.prepare,
+        "block": held.block,
+        "peak_memory": held.peak_memory,
+    }
+    while True:
+        try:
+            request, arguments = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            answer = (True, known[request](*arguments))
+        except Exception as error:
+            answer = (False, (type(error).__name__, str(error)))
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+def main() -> None:
+    """Serve the parent, whose Ctrl-C is for it alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    serve(sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()

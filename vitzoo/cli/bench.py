@@ -1,0 +1,157 @@
+"""`vitzoo bench` and `vitzoo compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitzoo.cli.common import (
+    Json,
+    Settings,
+    app,
+    explained,
+    parse_arguments,
+    parse_img_size,
+    print_json,
+    print_table,
+    progress_bar,
+    stderr,
+)
+
+_SWEEP = "Several, separated by commas, are swept over."
+_EXAMPLES = (
+    "Examples: `vitzoo bench evit_small_patch16_224 deit_small_patch16_224 --batch-size 1,8 -o results.jsonl` · "
+    "`vitzoo bench litv2_small --against timm:swin_tiny_patch4_window7_224 --against mine.onnx` · "
+    "`vitzoo bench --suite headlines --quick -o results.jsonl`"
+)
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _numbers(text: str | None, option: str) -> list[Any]:
+    if text is None:
+        return [None]
+    try:
+        return [int(part) for part in _list(text)]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is not whole numbers separated by commas", param_hint=option
+        ) from error
+
+
+@app.command(epilog=_EXAMPLES)
+def bench(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Models, measured side by side in interleaved rounds.")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A suite of ours (quick, headlines) or a TOML file, instead of models.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="The suite's short form.")] = False,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Baseline for the ratios: a name, timm:NAME or FILE.onnx; may be repeated."),
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", "-b", help=f"Images a call; never made smaller. {_SWEEP}")
+    ] = "1",
+    img_size: Annotated[
+        str | None, typer.Option(help=f"Side in pixels, or HxW; default: the model's own. {_SWEEP}")
+    ] = None,
+    threads: Annotated[str | None, typer.Option(help=f"CPU threads. {_SWEEP}")] = None,
+    dtype: Annotated[str, typer.Option(help=f"float32, bfloat16, float16, int8. {_SWEEP}")] = "float32",
+    memory_format: Annotated[str, typer.Option(help=f"contiguous, channels_last. {_SWEEP}")] = "contiguous",
+    runtime: Annotated[str, typer.Option(help=f"eager, compiled, onnxruntime, openvino. {_SWEEP}")] = "eager",
+    mode: Annotated[str, typer.Option(help=f"infer, train. {_SWEEP}")] = "infer",
+    attention: Annotated[
+        str, typer.Option(help=f"default, matrix (form the attention matrix). {_SWEEP}")
+    ] = "default",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seconds: Annotated[float, typer.Option(help="Seconds on each model after its warm-up.")] = 2.0,
+    min_rounds: Annotated[int, typer.Option(help="Rounds at least.")] = 10,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Peak memory, in a fresh process each.")
+    ] = True,
+    isolate: Annotated[bool, typer.Option(help="Time every model in a process of its own.")] = False,
+    kwargs: Settings = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON Lines file, written row by row.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="The rows as a CSV file in timm's columns, too.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
+    json: Json = False,
+) -> None:
+    """Measure throughput, latency and memory of models side by side, over sweeps of settings."""
+    if bool(models) == (suite is not None):
+        raise typer.BadParameter("name models or a --suite, one of the two", param_hint="MODELS")
+    arguments = parse_arguments(kwargs)
+    sizes: list[Any] = [parse_img_size(part) for part in _list(img_size)] if img_size is not None else [None]
+    with explained(), progress_bar() as tell:
+        import vitzoo
+
+        _check_csv(csv, force)
+        results = vitzoo.benchmark(
+            models or [],
+            batch_size=_numbers(batch_size, "--batch-size"),
+            img_size=sizes,
+            threads=_numbers(threads, "--threads"),
+            dtype=_list(dtype),
+            memory_format=_list(memory_format),
+            runtime=_list(runtime),
+            mode=_list(mode),
+            attention=_list(attention),
+            device=device,
+            kwargs=arguments,
+            against=against or [],
+            seconds=seconds,
+            min_rounds=min_rounds,
+            memory=memory,
+            isolate=isolate,
+            output=output,
+            force=force,
+            progress=tell,
+        )
+    _finish(results, csv, json)
+
+
+def _check_csv(csv: Path | None, force: bool) -> None:
+    from vitzoo.benchmark.results import Recorder
+
+    if csv is not None:
+        with Recorder(csv, force):
+            pass
+        csv.unlink()  # it is written at the end
+
+
+def _finish(results: Any, csv: Path | None, json: bool) -> None:
+    """Print what was found and write the views of it; exit with 1 if a model failed."""
+    from vitzoo.benchmark.results import write_csv
+
+    if csv is not None:
+        with explained():
+            write_csv(results.rows, csv)
+    if json:
+        rows = [{k: v for k, v in row.items() if k != "samples_s"} for row in results.rows]
+        print_json({**results.header, "rows": rows, "claims": results.claims})
+    else:
+        _print_results(results)
+    for row in results.rows:
+        if row.get("uncounted_ops"):
+            names = ", ".join(row["uncounted_ops"])
+            stderr.print(f"warning: {row['label']}: FLOPs not counted of {names}", markup=False)
+    if results.failed:
+        raise typer.Exit(1)
+
+
+def _print_results(results: Any) -> None:
+    from vitzoo.benchmark.view import table
+
+    title, frame = table(results.rows)
+    cpu = results.header["machine"]["cpu"]
+    print_table(
+        f"{title}, {cpu['model']} ({cpu['torch_capability']})", list(frame.columns), frame.values.tolist()
+    )
