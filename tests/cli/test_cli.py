@@ -183,7 +183,7 @@ def test_errors_say_what_to_do(arguments: list[str], code: int, message: str) ->
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("command", ["list", "info", "flops", "bench", "export", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["list", "info", "flops", "bench", "compare", "export", "demo", "doctor"])
 def test_help_has_an_example(command: str) -> None:
     result = _run(command, "--help")
     assert result.exit_code == 0

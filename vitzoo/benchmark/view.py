@@ -49,6 +49,13 @@ def table(rows: Sequence[Row]) -> tuple[str, Any]:
     return title, frame.drop(columns=empty).astype(object).where(frame.notna(), None)
 
 
+def setting(row: Row) -> str:
+    """Return the settings of one row in a few words."""
+    plain = _plain(row)
+    values = {n: plain[n] for n in _SETTINGS if plain[n] is not None and plain[n] != _UNREMARKABLE.get(n)}
+    return ", ".join(_said(name, value) for name, value in values.items())
+
+
 def _said(name: str, value: Any) -> str:
     said = {"batch_size": f"batch {value}", "img_size": f"{value} pixels", "threads": f"{value} threads"}
     return said.get(name, str(value))

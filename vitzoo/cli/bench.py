@@ -155,3 +155,51 @@ def _print_results(results: Any) -> None:
     print_table(
         f"{title}, {cpu['model']} ({cpu['torch_capability']})", list(frame.columns), frame.values.tolist()
     )
+
+
+@app.command(epilog="Example: `vitzoo compare before.jsonl after.jsonl`")
+def compare(
+    first: Annotated[Path, typer.Argument(help="Result file to compare with.")],
+    second: Annotated[Path, typer.Argument(help="Result file to judge.")],
+    confidence: Annotated[float, typer.Option(help="Of the interval of each ratio.")] = 0.99,
+    json: Json = False,
+) -> None:
+    """Set two result files side by side; a verdict only where a ratio's interval excludes 1."""
+    from vitzoo.benchmark.compare import compare_files
+
+    with explained():
+        found = compare_files(first, second, confidence)
+    if json:
+        print_json(found.to_dict())
+        return
+    columns = [
+        "model",
+        "setting",
+        "before ms",
+        "after ms",
+        "ratio",
+        f"{confidence:.0%} interval",
+        "verdict",
+        "memory",
+    ]
+    print_table(
+        f"{first} -> {second}; a ratio above 1 is faster", columns, [_compared(d) for d in found.differences]
+    )
+    for which, labels in (("first", found.only_first), ("second", found.only_second)):
+        if labels:
+            stderr.print(f"only in the {which}: {', '.join(labels)}", markup=False)
+    for name, values in found.machines.items():
+        stderr.print(f"differs: {name}: {values[0]} -> {values[1]}", markup=False)
+
+
+def _compared(difference: Any) -> list[Any]:
+    from vitzoo.benchmark.view import setting
+
+    ratio = difference.ratio
+    start = [difference.row["label"], setting(difference.row)]
+    if ratio is None:
+        return [*start, difference.note, *[None] * 5]
+    interval = None if ratio.low != ratio.low else f"{ratio.low:.3f}-{ratio.high:.3f}"
+    memory = None if difference.memory is None else f"{difference.memory:.2f}x"
+    times = [f"{1e3 * seconds:.2f}" for seconds in (difference.before, difference.after)]
+    return [*start, *times, f"{ratio.value:.3f}", interval, difference.verdict or None, memory]

@@ -1,0 +1,129 @@
+"""Comparing result files: a slower model is found, a file beside itself gives no verdict."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import vitzoo
+from vitzoo.benchmark.compare import compare_files
+from vitzoo.benchmark.results import SCHEMA_VERSION, Recorder
+from vitzoo.cli import app
+
+
+class _Sleeps(nn.Module):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_meta:
+            time.sleep(self.seconds)
+        return x
+
+
+def _measured(path: Path, seconds: float) -> Path:
+    models = {"changes": _Sleeps(seconds), "stays": _Sleeps(0.004)}
+    vitzoo.benchmark(
+        models, img_size=8, seconds=0.15, min_rounds=30, warmup_seconds=0.1, memory=False, output=path
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("compare")
+    return _measured(folder / "before.jsonl", 0.004), _measured(folder / "after.jsonl", 0.006)
+
+
+def _written(path: Path, rows: dict[str, np.ndarray], **more) -> Path:
+    with Recorder(path) as recorder:
+        recorder.write(
+            {"kind": "header", "schema_version": SCHEMA_VERSION, "machine": {"cpu": {"model": "x"}}} | more
+        )
+        for label, samples in rows.items():
+            row = {
+                "kind": "result",
+                "schema_version": SCHEMA_VERSION,
+                "label": label,
+                "model": "m",
+                "mode": "infer",
+            }
+            row |= {
+                "requested_img_size": 224,
+                "requested_batch_size": 1,
+                "infer_step_time": 1e3 * np.median(samples),
+            }
+            recorder.write(row | {"samples_s": samples.tolist()})
+    return path
+
+
+def _noise(seed: int, rounds: int = 100) -> np.ndarray:
+    return 0.01 * np.exp(np.random.default_rng(seed).normal(0, 0.03, rounds))
+
+
+def test_a_slowed_model_is_detected(files: tuple[Path, Path]) -> None:
+    found = {d.row["label"]: d for d in compare_files(*files).differences}
+    assert found["changes"].verdict == "slower"
+    assert found["changes"].ratio.value == pytest.approx(4 / 6, rel=0.15)
+    assert found["changes"].after > found["changes"].before
+    reversed_ = {d.row["label"]: d for d in compare_files(*reversed(files)).differences}
+    assert reversed_["changes"].verdict == "faster"
+
+
+def test_a_file_beside_itself_gives_no_verdict(files: tuple[Path, Path]) -> None:
+    for path in files:
+        comparison = compare_files(path, path)
+        assert [d.verdict for d in comparison.differences] == ["", ""]
+        assert [d.ratio.value for d in comparison.differences] == [1, 1]
+        assert comparison.machines == {}
+        assert comparison.only_first == comparison.only_second == []
+
+
+def test_two_runs_of_the_same_agree_within_their_intervals(tmp_path: Path) -> None:
+    rows = {str(seed): _noise(seed) for seed in range(40)}
+    again = {str(seed): _noise(seed + 100) for seed in range(40)}
+    comparison = compare_files(_written(tmp_path / "a", rows), _written(tmp_path / "b", again))
+    assert sum(bool(d.verdict) for d in comparison.differences) <= 2
+    assert all(d.ratio.low < d.ratio.value < d.ratio.high for d in comparison.differences)
+
+
+def test_rows_are_matched_and_machines_told_apart(tmp_path: Path) -> None:
+    a = _written(tmp_path / "a", {"same": _noise(0), "gone": _noise(1)})
+    b = _written(tmp_path / "b", {"new": _noise(2), "same": _noise(3)}, machine={"cpu": {"model": "y"}})
+    comparison = compare_files(a, b)
+    assert [d.row["label"] for d in comparison.differences] == ["same"]
+    assert (comparison.only_first, comparison.only_second) == (["gone"], ["new"])
+    assert comparison.machines == {"cpu.model": ("x", "y")}
+
+
+def test_a_row_with_an_error_has_no_ratio(tmp_path: Path) -> None:
+    a = _written(tmp_path / "a", {"m": _noise(0)})
+    lines = a.read_text().splitlines()
+    row = json.loads(lines[1])
+    del row["samples_s"], row["infer_step_time"]
+    (tmp_path / "b").write_text(f"{lines[0]}\n{json.dumps(row | {'error': 'MemoryError: no'})}\n")
+    (difference,) = compare_files(a, tmp_path / "b").differences
+    assert (difference.ratio, difference.verdict, difference.note) == (None, "", "second: MemoryError: no")
+
+
+def test_command(files: tuple[Path, Path]) -> None:
+    names = [str(path) for path in files]
+    result = CliRunner().invoke(app, ["compare", *names], env={"COLUMNS": "220"})
+    assert result.exit_code == 0, result.stderr
+    (line,) = (line for line in result.stdout.splitlines() if "changes" in line)
+    assert "slower" in line
+    found = json.loads(CliRunner().invoke(app, ["compare", *names, "--json"]).stdout)
+    verdicts = {d["row"]["label"]: d["verdict"] for d in found["differences"]}
+    assert verdicts["changes"] == "slower"
+    missing = CliRunner().invoke(app, ["compare", names[0], "nowhere.jsonl"])
+    assert missing.exit_code == 1
+    assert "nowhere.jsonl" in missing.stderr
+    unfit = CliRunner().invoke(app, ["compare", *names, "--confidence", "99"])
+    assert "confidence 99.0 is not between 0 and 1" in unfit.stderr
