@@ -22,6 +22,13 @@ VITZOO_INLINE void store(T* p, Vec<T> v) {
 }
 
 template <class T>
+inline void zero(T* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    p[i] = T(0);
+  }
+}
+
+template <class T>
 constexpr int64_t round_up(int64_t x) {
   return (x + Simd<T>::W - 1) / Simd<T>::W * Simd<T>::W;
 }
@@ -376,8 +383,6 @@ struct ForwardScratch {
   }
 };
 
-inline int64_t forward_scratch_elements(int64_t d) { return (2 * d + kKeys + 3) * kQueries; }
-
 // out = softmax(scale q k^T + bias) v for `count` <= kQueries queries; k and v are packed rows (n, dp).
 template <class T>
 inline void attend(const ForwardScratch<T>& w, const RowsIn& q, int64_t count, const T* k, const T* v,
@@ -430,10 +435,6 @@ struct BackwardScratch {
     total = arena.take(kQueries);
   }
 };
-
-inline int64_t backward_scratch_elements(int64_t n, int64_t d) {
-  return (4 * (d + 16) + 2 * n + 8) * kQueries;
-}
 
 // What a block of queries gives beside dq.
 template <class T>

@@ -1,12 +1,11 @@
 // vitzoo_native::window_attention_fwd and window_attention_bwd on the CPU. kernels/window_attention/cpu.py
 // allocates every output and prepares the bias; shapes are in cpu_args.h.
 
-#include <memory>
-#include <new>
 #include <optional>
 
 #include "../common/checks.h"
 #include "../common/isa.h"
+#include "../common/scratch.h"
 #include "cpu_args.h"
 
 namespace vitzoo {
@@ -23,17 +22,6 @@ size_t window_attention_scratch(const WindowAttentionArgs& k, bool backward) {
 namespace {
 
 using Optional = std::optional<Tensor>;
-
-struct Freed {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-
-void run(WindowAttentionPass pass, const WindowAttentionArgs& args, int64_t items, size_t scratch_bytes) {
-  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, Freed> scratch(::operator new(scratch_bytes, std::align_val_t(64)));
-    pass(args, begin, end, scratch.get());
-  });
-}
 
 MapView map_of(const Tensor& x, const char* name, const WindowAttentionArgs& k, int64_t channels, Kind kind) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.size(0) == k.batch && x.size(1) == k.height &&
@@ -89,8 +77,8 @@ void window_attention_fwd_cpu(Tensor qkv, int64_t heads, int64_t window_h, int64
   k.out = map_of(out, "out", k, heads * k.head_dim, k.qkv.kind);
   const WindowAttentionKernels& kernels =
       select(window_attention_baseline, window_attention_avx2, window_attention_avx512);
-  run(k.qkv.kind == Kind::f64 ? kernels.forward_f64 : kernels.forward_f32, k,
-      k.batch * window_attention_windows(k), window_attention_scratch(k, false));
+  run_items(k.qkv.kind == Kind::f64 ? kernels.forward_f64 : kernels.forward_f32, k,
+            k.batch * window_attention_windows(k), window_attention_scratch(k, false));
 }
 
 void window_attention_bwd_cpu(Tensor dout, Tensor qkv, int64_t heads, int64_t window_h, int64_t window_w,
@@ -110,8 +98,8 @@ void window_attention_bwd_cpu(Tensor dout, Tensor qkv, int64_t heads, int64_t wi
   k.dpad = pointer_of(dpad, "dpad", parts * 3 * channels, wide);
   const WindowAttentionKernels& kernels =
       select(window_attention_baseline, window_attention_avx2, window_attention_avx512);
-  run(wide ? kernels.backward_f64 : kernels.backward_f32, k, parts * heads,
-      window_attention_scratch(k, true));
+  run_items(wide ? kernels.backward_f64 : kernels.backward_f32, k, parts * heads,
+            window_attention_scratch(k, true));
 }
 
 }  // namespace

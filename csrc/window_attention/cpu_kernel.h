@@ -149,13 +149,6 @@ inline void add_padding(const Window<T>& w, const T* rows, int64_t d, T factor, 
 }
 
 template <class T>
-inline void zero(T* p, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    p[i] = T(0);
-  }
-}
-
-template <class T>
 inline void backward_pass(const WindowAttentionArgs& k, int64_t begin, int64_t end, void* memory) {
   const int64_t tokens = k.window_h * k.window_w, d = k.head_dim, channels = k.heads * d;
   const int64_t rows = tokens * round_up<T>(d);

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitzoo import use_backend
 from vitzoo.layers import HiLo
 from vitzoo.testing import (
     assert_golden,
@@ -35,12 +36,16 @@ def _random(dim: int = 48, num_heads: int = 6, **kwargs: Any) -> HiLo:
 
 
 @pytest.mark.parametrize(("name", "index"), CASES)
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
-def test_hilo_golden(name: str, index: int, fused: bool) -> None:
+@pytest.mark.parametrize("backend", [None, "reference"], ids=["default", "reference"])
+def test_hilo_golden(name: str, index: int, backend: str | None) -> None:
+    with use_backend(backend):
+        _compare_with_golden(name, index)
+
+
+def _compare_with_golden(name: str, index: int) -> None:
     golden = load_golden(name)
     case = golden["cases"][index]
     layer = _layer(golden)
-    layer.fused_attn = fused
     height, width = (case["H"], case["W"])
     x = image(case["input"], case["seed"])
     outputs = {"output": layer(x, (height, width))}

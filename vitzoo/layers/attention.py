@@ -8,9 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_module, use_fused_attn
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vitzoo.kernels.pooled_attention import pooled_attention
+from vitzoo.kernels.window_attention import window_attention
 
 
 @register_notrace_module
@@ -70,7 +73,6 @@ class HiLo(nn.Module):
         self.alpha = alpha
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
-        self.fused_attn = use_fused_attn()
         self.l_heads = num_heads if window_size == 1 else int(num_heads * alpha)
         self.h_heads = num_heads - self.l_heads
         self.l_dim = self.l_heads * self.head_dim
@@ -102,14 +104,14 @@ class HiLo(nn.Module):
                 f"x has {x.shape[1]} tokens, a {height}x{width} map has {height * width}: "
                 "pass the map's (H, W)"
             )
-        x = self._padded(x.unflatten(1, (height, width)))
+        x = x.unflatten(1, (height, width))
         if not self.h_heads:
             x = self._lofi(x)
         elif not self.l_heads:
             x = self._hifi(x)
         else:
             x = torch.cat((self._hifi(x), self._lofi(x)), dim=-1)
-        return x[:, :height, :width].flatten(1, 2)
+        return x.flatten(1, 2)
 
     def hifi(self, x: Tensor) -> Tensor:
         """Return the high-frequency branch alone.
@@ -125,7 +127,7 @@ class HiLo(nn.Module):
         """
         if not self.h_heads:
             raise ValueError(f"no Hi-Fi heads: alpha is {self.alpha} and window_size {self.window_size}")
-        return self._hifi(self._padded(x))[:, : x.shape[1], : x.shape[2]]
+        return self._hifi(x)
 
     def lofi(self, x: Tensor) -> Tensor:
         """Return the low-frequency branch alone.
@@ -141,42 +143,27 @@ class HiLo(nn.Module):
         """
         if not self.l_heads:
             raise ValueError(f"no Lo-Fi heads: alpha {self.alpha} of {self.num_heads} heads truncates to 0")
-        return self._lofi(self._padded(x))[:, : x.shape[1], : x.shape[2]]
-
-    def _padded(self, x: Tensor) -> Tensor:
-        below, right = -x.shape[1] % self.window_size, -x.shape[2] % self.window_size
-        return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+        return self._lofi(x)
 
     def _hifi(self, x: Tensor) -> Tensor:
-        _, height, width, _ = x.shape
-        s = self.window_size
-        rows, cols = height // s, width // s
-        qkv = self.h_qkv(x).unflatten(-1, (3, self.h_heads, self.head_dim))
-        qkv = qkv.unflatten(1, (rows, s)).unflatten(3, (cols, s))  # (B, rows, s, cols, s, 3, heads, head_dim)
-        qkv = (
-            qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(1, 3)
-        )  # (3, B*rows*cols, heads, s*s, head_dim)
-        x = self._attend(*qkv.unbind(0))  # (B*rows*cols, heads, s*s, head_dim)
-        x = x.unflatten(2, (s, s)).unflatten(0, (-1, rows, cols))
-        x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, height, width, self.h_dim)
-        return self.h_proj(x)
+        # what the projection makes of a padded position, which is zero, is its bias
+        qkv, pad = self.h_qkv(x), self.h_qkv.bias
+        return self.h_proj(
+            window_attention(qkv, self.h_heads, self.window_size, scale=self.scale, pad_qkv=pad)
+        )
 
     def _lofi(self, x: Tensor) -> Tensor:
-        _, height, width, _ = x.shape
-        q = self.l_q(x).flatten(1, 2).unflatten(-1, (self.l_heads, self.head_dim)).transpose(1, 2)
+        q = self.l_q(x)
         if self.window_size > 1:
-            # the permuted view is a channels-last map, which the pooling takes as it is
-            x = F.avg_pool2d(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
-        kv = self.l_kv(x).flatten(1, 2).unflatten(-1, (2, self.l_heads, self.head_dim))
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L / s**2, head_dim)
-        x = self._attend(q, k, v).transpose(1, 2).flatten(2)  # (B, L, l_dim)
-        return self.l_proj(x).unflatten(1, (height, width))
+            x = self._pooled(x)
+        return self.l_proj(pooled_attention(q, self.l_kv(x), self.l_heads, scale=self.scale))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.fused_attn:
-            return F.scaled_dot_product_attention(q, k, v)
-        attn = (q * self.scale) @ k.transpose(-2, -1)
-        return attn.softmax(dim=-1) @ v
+    def _pooled(self, x: Tensor) -> Tensor:
+        below, right = -x.shape[1] % self.window_size, -x.shape[2] % self.window_size
+        if below or right:
+            x = F.pad(x, (0, 0, 0, right, 0, below))
+        # the permuted view is a channels-last map, which the pooling takes as it is
+        return F.avg_pool2d(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
 
     def extra_repr(self) -> str:
         """Say how the heads are shared out."""

@@ -1,0 +1,88 @@
+"""Attention of strided rows on the CPU in C++ (csrc/common/attention_cpu.cpp): allocates what comes out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitzoo.kernels.common import native
+from vitzoo.kernels.common.attention.reference import compute_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BLOCK = 64  # queries at once
+# Work items that the backward pass aims at. Each adds up the gradients of keys and values over its own queries; these
+# partial sums are added in a fixed order: the result does not depend on the number of threads.
+BACKWARD_ITEMS = 16
+# Elements of the two strips of scores, (keys, block), that the backward pass keeps: half a MiB of float32.
+STRIP = 1 << 16
+
+
+def why_not(q: Tensor | None = None, *args: object) -> str | None:
+    """Return why the C++ kernels cannot take a call, or None."""
+    if q is not None:
+        if q.device.type != "cpu":
+            return f"it runs on the CPU only and q is on {q.device}"
+        if q.dtype not in DTYPES:
+            return f"q is {q.dtype}, not float32, float64, bfloat16 or float16"
+    return native.why_not()
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x if (x.dtype == torch.float64) == (dtype == torch.float64) else x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, first_rows: Tensor | None) -> None:
+    """Write softmax(scale q k^T) v to `out`, and the weights of query 0.
+
+    Args:
+        q: queries, (B, heads, L, head_dim), any strides.
+        k: keys, (B, heads, keys, head_dim).
+        v: values, likewise.
+        scale: factor of the products.
+        out: (B, heads, L, head_dim), a view with contiguous head_dim.
+        first_rows: (B, heads, keys), contiguous, in the compute dtype; None if not wanted.
+    """
+    q, k, v = (_rows(x, q.dtype) for x in (q, k, v))
+    torch.ops.vitzoo_native.attention_fwd(q, k, v, scale, BLOCK, out, first_rows)
+
+
+def backward(
+    dout: Tensor,
+    dfirst_row: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Write the gradients of q, k and v.
+
+    Args:
+        dout: gradient of the output, (B, heads, L, head_dim), any strides.
+        dfirst_row: gradient of the weights of query 0, the same for every head, (B, keys), contiguous, in the compute
+            dtype; or None.
+        q: queries, as in `forward`.
+        k: keys, likewise.
+        v: values, likewise.
+        scale: factor of the products.
+        dq: (B, heads, L, head_dim), a view with contiguous head_dim.
+        dk: likewise, (B, heads, keys, head_dim).
+        dv: likewise.
+    """
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    dtype = compute_dtype(q)
+    block = max(16, min(BLOCK, STRIP // keys // 16 * 16))
+    parts = min(-(-queries // block), -(-BACKWARD_ITEMS // (batch * heads)))
+    dout, q, k, v = (_rows(x, q.dtype) for x in (dout, q, k, v))
+    if parts == 1:
+        partial = [dk, dv]
+    else:
+        partial = [torch.empty((parts * batch, *x.shape[1:]), dtype=dtype) for x in (dk, dv)]
+    torch.ops.vitzoo_native.attention_bwd(dout, dfirst_row, q, k, v, scale, block, parts, dq, *partial)
+    if parts > 1:
+        for total, terms in zip((dk, dv), partial, strict=True):
+            total.copy_(terms.unflatten(0, (parts, batch)).sum(0))
