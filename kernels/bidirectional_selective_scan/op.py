@@ -14,15 +14,32 @@ from vitzoo.kernels.bidirectional_selective_scan.flops import (
 from vitzoo.kernels.bidirectional_selective_scan.reference import bidirectional_selective_scan_reference
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import backward_by_autograd, exporting, register
+from vitzoo.kernels.common.triton_support import why_not as triton_why_not
 
 
 def _reference_bwd(dout: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     return backward_by_autograd(bidirectional_selective_scan_reference, inputs, (dout,), tuple(range(15)))
 
 
+def _triton(direction: str) -> Any:
+    def run(*args: Any) -> Any:
+        from vitzoo.kernels.bidirectional_selective_scan import triton_impl
+
+        return getattr(triton_impl, direction)(*args)
+
+    return run
+
+
+def _triton_why_not(u: Tensor | None = None, *args: Any) -> str | None:
+    if u is not None and u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"u is {u.dtype}, not float32, bfloat16 or float16: its state would be wider than the kernels' float32"
+    return triton_why_not(u)
+
+
 OPERATOR = Operator(
     "bidirectional_selective_scan",
     backends=(
+        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
         Backend(
             "reference",
             {"forward": bidirectional_selective_scan_reference, "backward": _reference_bwd},
@@ -42,21 +59,25 @@ def _options(z: Any, D: Any, delta_bias: Any, delta_softplus: bool) -> dict[str,
 
 
 def _flops(u: Any, z: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, *others: Any) -> int:
-    return bidirectional_selective_scan_flops(*u, A[1], **_options(z, D, delta_bias, others[-1]))
+    return bidirectional_selective_scan_flops(
+        u[0], u[1], u[2], A[1], **_options(z, D, delta_bias, others[-1])
+    )
 
 
 def _paper_flops(
     u: Any, z: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, *others: Any
 ) -> int:
     options = {"has_D": D is not None, "has_z": z is not None}
-    return 2 * bidirectional_selective_scan_flops(*u, A[1], **options, convention="paper")
+    return 2 * bidirectional_selective_scan_flops(u[0], u[1], u[2], A[1], **options, convention="paper")
 
 
 def _backward_flops(
     dout: Any, u: Any, z: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, *others: Any
 ) -> int:
     options = _options(z, D, delta_bias, others[-1])
-    return bidirectional_selective_scan_bwd_flops(*u, A[1], has_u_b=others[-2] is not None, **options)
+    return bidirectional_selective_scan_bwd_flops(
+        u[0], u[1], u[2], A[1], has_u_b=others[-2] is not None, **options
+    )
 
 
 register(
@@ -182,7 +203,7 @@ def bidirectional_selective_scan(
     ahead = {"delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
     back = {"delta": delta_b, "A": A_b, "B": B_b, "C": C_b, "D": D_b, "delta_bias": delta_bias_b}
     _check(u, z, u_b, ahead, back)
-    inputs = (u, z, *ahead.values(), *back.values(), u_b, delta_softplus)
+    inputs: tuple[Any, ...] = (u, z, *ahead.values(), *back.values(), u_b, delta_softplus)
     if exporting():
         from vitzoo.kernels.bidirectional_selective_scan.onnx import bidirectional_selective_scan_export
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import backward_by_autograd, exporting, register
+from vitzoo.kernels.common.triton_support import why_not as triton_why_not
 from vitzoo.kernels.cross_selective_scan.flops import (
     cross_selective_scan_bwd_flops,
     cross_selective_scan_flops,
@@ -20,9 +21,25 @@ def _reference_bwd(dout: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     return backward_by_autograd(cross_selective_scan_reference, inputs, (dout,), tuple(range(7)))
 
 
+def _triton(direction: str) -> Any:
+    def run(*args: Any) -> Any:
+        from vitzoo.kernels.cross_selective_scan import triton_impl
+
+        return getattr(triton_impl, direction)(*args)
+
+    return run
+
+
+def _triton_why_not(x: Tensor | None = None, *args: Any) -> str | None:
+    if x is not None and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x is {x.dtype}, not float32, bfloat16 or float16: its state would be wider than the kernels' float32"
+    return triton_why_not(x)
+
+
 OPERATOR = Operator(
     "cross_selective_scan",
     backends=(
+        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
         Backend(
             "reference",
             {"forward": cross_selective_scan_reference, "backward": _reference_bwd},
@@ -130,5 +147,5 @@ def cross_selective_scan(
     Source: VMamba, arXiv 2401.10166, section 4.2; MzeroMiko/VMamba at 2ed52ead, SS2D, forward type v05_noz.
     """
     _check(x, A, {"delta": delta, "B": B, "C": C, "D": D, "delta_bias": delta_bias})
-    inputs = (x, delta, A, B, C, D, delta_bias, delta_softplus)
+    inputs: tuple[Any, ...] = (x, delta, A, B, C, D, delta_bias, delta_softplus)
     return composed(*inputs) if exporting() else torch.ops.vitzoo.cross_selective_scan(*inputs)

@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,15 @@ from vitzoo.kernels.bidirectional_selective_scan.flops import bidirectional_sele
 from vitzoo.kernels.bidirectional_selective_scan.inputs import SHAPES, Shape, make_inputs
 from vitzoo.kernels.bidirectional_selective_scan.reference import bidirectional_selective_scan_reference
 from vitzoo.kernels.common import native
-from vitzoo.kernels.common.backends import operators, use_backend
+from vitzoo.kernels.common.backends import BackendError, operators, use_backend
 from vitzoo.kernels.selective_scan import selective_scan, selective_scan_flops
-from vitzoo.testing import FLOORS, assert_backend_close, image, outputs_and_gradients
+from vitzoo.testing import FLOORS, assert_backend_close, gpu_or_cpu, image, outputs_and_gradients
 
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+DEVICE = gpu_or_cpu()[-1]
 NAMES = [b.name for b in operators["bidirectional_selective_scan"].backends]
 BACKENDS = ["reference", *([pytest.param("cpu", marks=needs_extension)] if "cpu" in NAMES else [])]
 
@@ -262,3 +267,57 @@ def test_autocast_keeps_the_state_wide() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = bidirectional_selective_scan(**inputs)
     torch.testing.assert_close(out, bidirectional_selective_scan(**inputs), rtol=2e-2, atol=2e-2)
+
+
+# With chunks of 16 tokens, so that what enters them is tested too.
+CHUNKED = {
+    "two_walks": Shape(1, 6, 35, 2),
+    "shared_input": Shape(2, 5, 33, 1, has_u_b=False),
+    "groups": Shape(1, 8, 33, 2, groups=2, has_z=False),
+    "constant": Shape(1, 5, 21, 2, groups=-1),
+}
+
+
+@pytest.fixture
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan_triton = pytest.importorskip("vitzoo.kernels.common.scan_triton", exc_type=ImportError)
+    monkeypatch.setattr(scan_triton, "tile", lambda *args: (4, 16))
+
+
+@pytest.mark.usefixtures("_short_chunks")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in CHUNKED), ("groups", torch.bfloat16), ("groups", torch.float16)],
+    ids=str,
+)
+def test_triton_chunks_join(name: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(CHUNKED[name], dtype, DEVICE)
+    assert_backend_close(bidirectional_selective_scan, inputs, "triton", use_backend)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["tiny", "one_token", "plain"])
+def test_triton_is_as_close_as_the_reference(name: str) -> None:
+    assert_backend_close(
+        bidirectional_selective_scan, make_inputs(SHAPES[name], device=DEVICE), "triton", use_backend
+    )
+
+
+@needs_triton
+def test_triton_refuses_float64_with_the_reason() -> None:
+    inputs = make_inputs(SHAPES["tiny"], torch.float64, DEVICE)
+    with (
+        use_backend("triton"),
+        pytest.raises(BackendError, match=r"u is torch\.float64, not float32, bfloat16"),
+    ):
+        bidirectional_selective_scan(**inputs)
+
+
+# opcheck itself looks at the gradient of clones
+@needs_triton
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_triton_opcheck() -> None:
+    inputs = make_inputs(SHAPES["tiny"], device=DEVICE)
+    values = tuple(v.requires_grad_() if isinstance(v, Tensor) else v for v in inputs.values())
+    with use_backend("triton"):
+        torch.library.opcheck(torch.ops.vitzoo.bidirectional_selective_scan.default, values)

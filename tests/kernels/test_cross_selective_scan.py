@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,17 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitzoo.kernels.common import native
-from vitzoo.kernels.common.backends import operators, use_backend
+from vitzoo.kernels.common.backends import BackendError, operators, use_backend
 from vitzoo.kernels.cross_selective_scan import cross_selective_scan, cross_selective_scan_flops
 from vitzoo.kernels.cross_selective_scan.inputs import SHAPES, Shape, make_inputs
 from vitzoo.kernels.selective_scan import selective_scan_flops
-from vitzoo.testing import FLOORS, assert_backend_close, image, outputs_and_gradients
+from vitzoo.testing import FLOORS, assert_backend_close, gpu_or_cpu, image, outputs_and_gradients
 
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+DEVICE = gpu_or_cpu()[-1]
 NAMES = [b.name for b in operators["cross_selective_scan"].backends]
 BACKENDS = ["reference", *([pytest.param("cpu", marks=needs_extension)] if "cpu" in NAMES else [])]
 
@@ -231,3 +236,55 @@ def test_autocast_keeps_the_state_wide() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = cross_selective_scan(**inputs)
     torch.testing.assert_close(out, cross_selective_scan(**inputs), rtol=2e-2, atol=2e-2)
+
+
+# With chunks of 16 tokens, so that what enters them is tested too.
+CHUNKED = {
+    "odd": Shape(2, 5, 7, 6, 2),
+    "plain": Shape(1, 3, 5, 7, 1, has_D=False, has_delta_bias=False, delta_softplus=False),
+}
+
+
+@pytest.fixture
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan_triton = pytest.importorskip("vitzoo.kernels.common.scan_triton", exc_type=ImportError)
+    monkeypatch.setattr(scan_triton, "tile", lambda *args: (4, 16))
+
+
+@pytest.mark.usefixtures("_short_chunks")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in CHUNKED), ("plain", torch.bfloat16), ("plain", torch.float16)],
+    ids=str,
+)
+def test_triton_chunks_join(name: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(CHUNKED[name], dtype, DEVICE)
+    assert_backend_close(cross_selective_scan, inputs, "triton", use_backend)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["tiny", "pixel", "row"])
+def test_triton_is_as_close_as_the_reference(name: str) -> None:
+    assert_backend_close(
+        cross_selective_scan, make_inputs(SHAPES[name], device=DEVICE), "triton", use_backend
+    )
+
+
+@needs_triton
+def test_triton_refuses_float64_with_the_reason() -> None:
+    inputs = make_inputs(SHAPES["tiny"], torch.float64, DEVICE)
+    with (
+        use_backend("triton"),
+        pytest.raises(BackendError, match=r"x is torch\.float64, not float32, bfloat16"),
+    ):
+        cross_selective_scan(**inputs)
+
+
+# opcheck itself looks at the gradient of clones
+@needs_triton
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_triton_opcheck() -> None:
+    inputs = make_inputs(SHAPES["tiny"], device=DEVICE)
+    values = tuple(v.requires_grad_() if isinstance(v, Tensor) else v for v in inputs.values())
+    with use_backend("triton"):
+        torch.library.opcheck(torch.ops.vitzoo.cross_selective_scan.default, values)
