@@ -52,6 +52,7 @@ _KINDS = {
 }
 _KINDS_BY_PART = {
     "scan": "scan",
+    "retention": "scan",
     "attention": "attention",
     "deform": "deformable conv",
     "conv": "conv",
