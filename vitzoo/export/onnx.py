@@ -211,7 +211,7 @@ def _weight_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-class _PlainAttention(TorchFunctionMode):
+class PlainAttention(TorchFunctionMode):
     """Spells scaled_dot_product_attention out as matmuls and a softmax.
 
     The exporter knows the fused call for 4-D tensors only; timm's windowed attention has five axes. Inputs
@@ -247,7 +247,7 @@ def _plain_attention(
 def _translate(model: nn.Module, x: Tensor, names: list[str], opset: int) -> Any:
     """Return torch's ONNX program of the model for inputs like x, whose batch of 2 becomes dynamic."""
     try:
-        with _quiet(), _PlainAttention():
+        with _quiet(), PlainAttention():
             program = torch.onnx.export(
                 model,
                 (x,),

@@ -7,13 +7,15 @@ the first of equal errors wins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from vitzoo.quantization.quantizers import LogSqrt2, Uniform
+from vitzoo.quantization.quantizers import LogSqrt2, Quantizer, Uniform
 
+Q = TypeVar("Q", bound=Quantizer)
 PERCENTILES = (0.999, 0.9999, 0.99999)
 _SMALLEST = torch.finfo(torch.float32).eps  # the least scale FQ-ViT allows
 
@@ -95,8 +97,7 @@ def fit_log_sqrt2(x: Tensor, bits: int, percentiles: tuple[float, ...] = PERCENT
     """
     check_bits(bits)
     candidates = [LogSqrt2(_quantile(x.reshape(1, -1), p).reshape(()), bits) for p in percentiles]
-    errors = [float((x - quantizer(x)).abs().pow(2).mean()) for quantizer in candidates]
-    return candidates[errors.index(min(errors))]
+    return least_error(x, candidates)
 
 
 def symmetric(bound: Tensor, bits: int, divisor: float | None = None) -> Uniform:
@@ -192,6 +193,34 @@ def fit_running_percentile(
     return affine(low, high, bits)
 
 
+def fit_range(x: Tensor, bits: int, shrink: bool = True, steps: int = 50) -> Uniform:
+    """Fit the affine quantizer that runtimes execute: unsigned codes, a whole zero point among them, zero in range.
+
+    Args:
+        x: calibration data.
+        bits: width; codes are 0 ... 2^bits - 1.
+        shrink: take the extremes times 1 - 0.01 i, i < steps, of least squared error, instead of the extremes.
+        steps: see `shrink`.
+    """
+    check_bits(bits)
+    top = 2**bits - 1
+    low, high = x.min().clamp_max(0), x.max().clamp_min(0)
+
+    def between(factor: float) -> Uniform:
+        scale = ((high - low) * factor / top).clamp_min(_SMALLEST)
+        return Uniform(scale, torch.round(-low * factor / scale).clamp(0, top), 0, top)
+
+    if not shrink:
+        return between(1.0)
+    return least_error(x, [between(1 - 0.01 * i) for i in range(steps)])
+
+
+def least_error(x: Tensor, candidates: Sequence[Q]) -> Q:
+    """Return the quantizer of least squared error on x, the first of equals."""
+    errors = [float((x - quantizer(x)).square().mean()) for quantizer in candidates]
+    return candidates[errors.index(min(errors))]
+
+
 def fit_omse(x: Tensor, bits: int, steps: int = 90) -> Uniform:
     """Fit an affine quantizer by shrinking both extremes together to the least squared error.
 
@@ -202,8 +231,7 @@ def fit_omse(x: Tensor, bits: int, steps: int = 90) -> Uniform:
     """
     low, high = x.min(), x.max()
     candidates = [affine(low * (1 - 0.01 * i), high * (1 - 0.01 * i), bits) for i in range(steps)]
-    errors = [float((x - quantizer(x)).abs().pow(2).mean()) for quantizer in candidates]
-    return candidates[errors.index(min(errors))]
+    return least_error(x, candidates)
 
 
 def fit_power_of_two_factors(x: Tensor, bits: int, factors: int = 4) -> Uniform:

@@ -75,7 +75,7 @@ def _sums(relevance: Tensor, function: Any, out: Tensor, *inputs: Tensor) -> lis
     parts = _products(relevance, function, out, *inputs)
     totals = [total(part) for part in parts]
     whole = total(relevance)
-    every = sum(t.abs() for t in totals)
+    every = totals[0].abs() + totals[1].abs()
     shared = [
         part * _divide(_divide(t.abs(), every) * whole, t) for part, t in zip(parts, totals, strict=True)
     ]

@@ -7,6 +7,7 @@ take its inverse. Both transforms below leave an ordinary graph with one scale a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -56,18 +57,36 @@ def smooth(
     return scales
 
 
-@torch.no_grad()
-def reparameterize(
-    norm: nn.LayerNorm, linears: Sequence[nn.Linear], channels: Uniform, round_zero_point: bool = False
-) -> Uniform:
-    """Turn one quantizer a channel of a LayerNorm's output into one for the tensor; return the latter.
+@dataclass(frozen=True)
+class Reparameterization:
+    """What RepQ-ViT's change of scale does to a LayerNorm and its readers.
+
+    Attributes:
+        norm_weight: new weight of the norm, (C,).
+        norm_bias: new bias of the norm, (C,).
+        ratio: what the columns of each reader are multiplied by, (C,).
+        shift: its product with a reader's new weight is added to the reader's bias, (C,).
+        quantizer: of the norm's new output, one scale for the tensor.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    ratio: Tensor
+    shift: Tensor
+    quantizer: Uniform
+
+
+def reparameterized(
+    norm_weight: Tensor, norm_bias: Tensor, channels: Uniform, round_zero_point: bool = False
+) -> Reparameterization:
+    """Turn one quantizer a channel of a LayerNorm's output into one for the tensor.
 
     With scales s_c and zero points z_c, their means S and Z, r = s_c / S and t = -z_c s_c / r + Z S: the norm becomes
     weight / r and bias / r - t, each reader's columns are multiplied by r, and its bias gains W t.
 
     Args:
-        norm: with weight and bias; changed in place.
-        linears: every layer that reads it; changed in place, a bias is made where there is none.
+        norm_weight: (C,).
+        norm_bias: (C,).
         channels: the quantizer of the norm's output, one scale and zero point a channel.
         round_zero_point: round Z, which integer hardware needs; before the shift is computed, so that the function
             stays what it was. The authors leave a fraction.
@@ -80,13 +99,30 @@ def reparameterize(
         target_zero = torch.round(target_zero)
     ratio = scale / target_scale
     shift = -zero * scale / ratio + target_zero * target_scale
-    norm.weight.div_(ratio)
-    norm.bias.div_(ratio).sub_(shift)
+    quantizer = Uniform(target_scale, target_zero, channels.qmin, channels.qmax)
+    return Reparameterization(norm_weight / ratio, norm_bias / ratio - shift, ratio, shift, quantizer)
+
+
+@torch.no_grad()
+def reparameterize(
+    norm: nn.LayerNorm, linears: Sequence[nn.Linear], channels: Uniform, round_zero_point: bool = False
+) -> Uniform:
+    """Apply `reparameterized` to modules, in place; return the quantizer of the norm's new output.
+
+    Args:
+        norm: with weight and bias.
+        linears: every layer that reads it; a bias is made where there is none.
+        channels: see `reparameterized`.
+        round_zero_point: see `reparameterized`.
+    """
+    moved = reparameterized(norm.weight, norm.bias, channels, round_zero_point)
+    norm.weight.copy_(moved.norm_weight)
+    norm.bias.copy_(moved.norm_bias)
     for layer in linears:
-        layer.weight.mul_(ratio)
-        added = layer.weight @ shift
+        layer.weight.mul_(moved.ratio)
+        added = layer.weight @ moved.shift
         if layer.bias is None:
             layer.bias = nn.Parameter(added)
         else:
             layer.bias.add_(added)
-    return Uniform(target_scale, target_zero, channels.qmin, channels.qmax)
+    return moved.quantizer

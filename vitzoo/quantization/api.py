@@ -1,0 +1,460 @@
+"""Quantizes a trained model by a recipe: capture, calibrate, transform, choose, and hand back a model that runs."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from vitzoo.quantization import calibration, search
+from vitzoo.quantization.allocation import allocate
+from vitzoo.quantization.config import Recipe
+from vitzoo.quantization.graph import (
+    NormGroup,
+    Recorder,
+    Site,
+    capture,
+    find_sites,
+    get_tensor,
+    norm_groups,
+    set_tensor,
+    source,
+)
+from vitzoo.quantization.quantizers import Log2, Quantizer, TwinGelu, TwinSoftmax, Uniform
+from vitzoo.quantization.relevance import contribution_scores
+from vitzoo.quantization.simulate import Simulator, SitePlan, simulated
+from vitzoo.quantization.transforms import reparameterized, smoothing_scales
+
+# Values of one operand kept for fitting; more images than fill it are thinned evenly.
+SAMPLE = 1 << 20
+SEARCH_IMAGES = 4
+SEARCH_ROWS = 1024
+SENSITIVITY_IMAGES = 16
+RELEVANCE_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What quantization did to one site.
+
+    Attributes:
+        name: of the site.
+        kind: "linear", "conv" or "product".
+        bits: of weight and activation; None where it stays in floating point.
+        mode: "static", "dynamic" or "float".
+        macs: an image.
+        sqnr_db: signal to quantization noise of the site's output, in dB, this site alone quantized.
+        logit_error: relative error of the logits, this site alone quantized; None if it was not measured.
+    """
+
+    name: str
+    kind: str
+    bits: int | None
+    mode: str
+    macs: int
+    sqnr_db: float | None = None
+    logit_error: float | None = None
+
+
+class QuantizedModel(nn.Module):
+    """A model whose products compute with quantized operands; the call takes images and returns logits.
+
+    Attributes:
+        recipe: what it was made by.
+        float_graph: the captured graph after transforms that keep its function (BatchNorm folded, scales moved).
+        sites: products of the graph that could be quantized.
+        plans: site name -> how it is quantized; sites without one stay in floating point.
+        layers: what was done to each site.
+        logit_error: relative error of the logits on the calibration images.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        float_graph: fx.GraphModule,
+        sites: Sequence[Site],
+        plans: Mapping[str, SitePlan],
+        layers: Sequence[LayerReport],
+        logit_error: float,
+    ) -> None:
+        super().__init__()
+        self.recipe, self.sites, self.plans = recipe, tuple(sites), dict(plans)
+        self.layers, self.logit_error = tuple(layers), logit_error
+        self.float_graph = float_graph
+        self.graph = simulated(float_graph, list(sites), plans)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (B, num_classes) of images (B, C, H, W)."""
+        return self.graph(x)
+
+    @property
+    def quantized_macs(self) -> float:
+        """Return the share of multiply-accumulates whose operands are quantized."""
+        total = sum(site.macs for site in self.sites)
+        return sum(site.macs for site in self.sites if site.name in self.plans) / max(1, total)
+
+
+@dataclass
+class _Samples:
+    """Values that a node took during calibration, thinned to `SAMPLE`, and its channels' largest magnitudes."""
+
+    parts: list[Tensor] = field(default_factory=list)
+    channel_max: Tensor | None = None
+
+    def add(self, x: Tensor, batches: int) -> None:
+        largest = x.detach().abs().flatten(0, -2).amax(0)
+        self.channel_max = largest if self.channel_max is None else torch.maximum(self.channel_max, largest)
+        rows = x.detach().flatten(0, -2)
+        step = max(1, -(-rows.numel() * batches // SAMPLE))
+        self.parts.append(rows[::step].clone())
+
+    @property
+    def values(self) -> Tensor:
+        return torch.cat(self.parts)
+
+
+def quantize(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration_batches: Iterable[Tensor],
+    filter_fn: Callable[[Site], bool] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> QuantizedModel:
+    """Quantize a model by a recipe.
+
+    Args:
+        model: a trained model, float32, on the CPU; it is not changed.
+        recipe: see `Recipe`; `vitzoo.quantization.RECIPES` has the named ones.
+        calibration_batches: images as the model takes them, (B, C, H, W), all of one size; 32 to 300 images in all.
+        filter_fn: which sites may be quantized; default all.
+        progress: called with a few words at the start of each step.
+
+    Returns:
+        A new model; layers that the recipe's error budget forbids stay in floating point and say so.
+
+    Raises:
+        ValueError: no images, images of several sizes, or a recipe that finds nothing to quantize.
+    """
+    return _Quantization(model, recipe, list(calibration_batches), filter_fn, progress).run()
+
+
+class _Quantization:
+    """One call of `quantize`, step by step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        batches: list[Tensor],
+        filter_fn: Callable[[Site], bool] | None,
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        if not batches or not sum(len(x) for x in batches):
+            raise ValueError("there are no calibration images; give at least one batch (B, C, H, W)")
+        sizes = {tuple(x.shape[1:]) for x in batches}
+        if len(sizes) > 1:
+            raise ValueError(f"calibration images have several sizes: {', '.join(map(str, sorted(sizes)))}")
+        self.model, self.recipe, self.batches = model, recipe, batches
+        self.tell = progress or (lambda step: None)
+        self.tell("capture the graph")
+        self.module = capture(model, torch.zeros(2, *batches[0].shape[1:]))
+        self.all_sites = find_sites(self.module)
+        self.sites = [site for site in self.all_sites if self._wanted(site) and (filter_fn or _every)(site)]
+        if not self.sites:
+            raise ValueError(f"recipe {recipe.name!r} finds nothing to quantize in {type(model).__name__}")
+        self.nodes = {node.name: node for node in self.module.graph.nodes}
+        self.by_name = {site.name: site for site in self.all_sites}
+        self.bits = {site.name: self._bits(site) for site in self.sites}
+        with torch.inference_mode():
+            self.logits = torch.cat([self.module(x) for x in batches])
+
+    def _wanted(self, site: Site) -> bool:
+        if any(fnmatch.fnmatch(site.name, pattern) for pattern in self.recipe.skip):
+            return False
+        return site.kind != "product" or self.recipe.products
+
+    def _bits(self, site: Site) -> int:
+        weighted = [s.name for s in self.all_sites if s.kind != "product"]
+        ends = (weighted[0], weighted[-1]) if weighted else ()
+        return self.recipe.first_last_bits if site.name in ends else self.recipe.weight_bits
+
+    @torch.inference_mode()
+    def run(self) -> QuantizedModel:
+        recipe = self.recipe
+        fixed = self._transform()
+        if recipe.mixed_bits:
+            self.tell("weigh layers by relevance")
+            self._allocate()
+        self.tell("fit quantizers")
+        plans = self._fit(fixed)
+        self.tell("measure each layer")
+        layers, plans = self._choose(plans)
+        error = self._error(plans)
+        return QuantizedModel(recipe, self.module, self.all_sites, plans, layers, error)
+
+    # transforms -------------------------------------------------------------------------------------------------
+
+    def _record(self, nodes: Iterable[str], module: fx.GraphModule | None = None) -> dict[str, _Samples]:
+        found: dict[str, _Samples] = defaultdict(_Samples)
+        recorder = Recorder(
+            module or self.module, nodes, lambda name, x: found[name].add(x, len(self.batches))
+        )
+        for x in self.batches:
+            recorder.run(x)
+        return found
+
+    def _transform(self) -> dict[str, Uniform]:
+        """Move scales between LayerNorms and their readers; return the quantizers this fixes, by norm node."""
+        groups = norm_groups(self.module, self.sites)
+        if not groups or (self.recipe.smooth is None and self.recipe.norm != "channel"):
+            return {}
+        self.tell("move scales out of the activations")
+        if self.recipe.smooth is not None:
+            seen = self._record([group.norm for group in groups])
+            for group in groups:
+                self._smooth(group, seen[group.norm])
+        if self.recipe.norm != "channel":
+            return {}
+        seen = self._record([group.norm for group in groups])
+        return {group.norm: self._reparameterize(group, seen[group.norm].values) for group in groups}
+
+    def _readers(self, group: NormGroup) -> list[tuple[Site, Tensor]]:
+        sites = [self.by_name[name] for name in group.readers]
+        return [(site, get_tensor(self.module, str(site.weight))) for site in sites]
+
+    def _smooth(self, group: NormGroup, seen: _Samples) -> None:
+        assert seen.channel_max is not None
+        assert self.recipe.smooth is not None
+        readers = self._readers(group)
+        scales = smoothing_scales(seen.channel_max, [weight for _, weight in readers], self.recipe.smooth)
+        for name in (group.weight, group.bias):
+            set_tensor(self.module, name, get_tensor(self.module, name) / scales)
+        for site, weight in readers:
+            set_tensor(self.module, str(site.weight), weight * scales)
+
+    def _reparameterize(self, group: NormGroup, values: Tensor) -> Uniform:
+        channels = calibration.fit_percentile(values, self.recipe.activation_bits, 1)
+        weight, bias = get_tensor(self.module, group.weight), get_tensor(self.module, group.bias)
+        moved = reparameterized(weight, bias, channels, round_zero_point=True)
+        set_tensor(self.module, group.weight, moved.norm_weight)
+        set_tensor(self.module, group.bias, moved.norm_bias)
+        for site, matrix in self._readers(group):
+            set_tensor(self.module, str(site.weight), matrix * moved.ratio)
+            self._add_to_bias(site, (matrix * moved.ratio) @ moved.shift)
+        return moved.quantizer
+
+    def _add_to_bias(self, site: Site, value: Tensor) -> None:
+        node = self.nodes[site.node]
+        arguments = list(node.args)
+        if len(arguments) > 2 and arguments[2] is not None:
+            name = str(arguments[2].target)
+            set_tensor(self.module, name, get_tensor(self.module, name) + value)
+            return
+        name = f"{str(site.weight).removesuffix('weight')}moved_bias"
+        set_tensor(self.module, name, value)
+        with self.module.graph.inserting_before(node):
+            arguments[2:3] = [self.module.graph.get_attr(name)]
+        node.args = tuple(arguments)
+        self.module.recompile()
+
+    # quantizers -------------------------------------------------------------------------------------------------
+
+    def _fit(self, fixed: Mapping[str, Uniform]) -> dict[str, SitePlan]:
+        dynamic = self.recipe.activations == "dynamic"
+        operands = {name for site in self.sites for name in site.operands}
+        seen = {} if dynamic else self._record(operands)
+        found = self._searched() if self.recipe.fit == "search" and not dynamic else {}
+        plans = {}
+        for site in self.sites:
+            if site.name in found:
+                plans[site.name] = found[site.name]
+                continue
+            bits = self.bits[site.name]
+            of_operands = tuple(
+                dynamic_placeholder(bits)
+                if dynamic
+                else fixed.get(self._norm_of(node)) or self._activation(seen[node].values, which, bits)
+                for node, which in zip(site.operands, site.origins, strict=True)
+            )
+            weight = self._weight(site, bits) if site.weight else None
+            plans[site.name] = SitePlan(of_operands, weight, dynamic)
+        return plans
+
+    def _norm_of(self, name: str) -> str:
+        return str(source(self.nodes[name]).name)
+
+    def _activation(self, values: Tensor, which: str, bits: int) -> Quantizer:
+        recipe = self.recipe
+        if which == "softmax" and recipe.softmax == "log2":
+            return Log2(bits)
+        if which == "softmax" and recipe.softmax == "log_sqrt2":
+            return calibration.fit_log_sqrt2(values, bits)
+        if which == "softmax" and recipe.softmax == "twin":
+            return calibration.least_error(values, [TwinSoftmax(split, bits) for split in search.SPLITS])
+        if which == "gelu" and recipe.gelu == "twin":
+            step = values.max() / (2 ** (bits - 1) - 0.5)
+            return calibration.least_error(values, [TwinGelu(step * (1 - 0.01 * i), bits) for i in range(90)])
+        if which == "norm" and recipe.norm == "power_of_two":
+            return calibration.fit_power_of_two_factors(values, bits)
+        if recipe.fit == "percentile" and not recipe.runs_as_integers:
+            return calibration.fit_percentile(values, bits)
+        return calibration.fit_range(values, bits, shrink=recipe.fit != "minmax")
+
+    def _weight(self, site: Site, bits: int) -> Uniform:
+        weight = get_tensor(self.module, str(site.weight))
+        if self.recipe.fit == "percentile" and not self.recipe.runs_as_integers:
+            return calibration.fit_percentile(weight, bits, 0)
+        rows = weight.flatten(1)
+        shape = (-1, *[1] * (weight.ndim - 1))
+        bound = rows.abs().amax(1).reshape(shape)
+        return calibration.symmetric(bound, bits)
+
+    def _searched(self) -> dict[str, SitePlan]:
+        """Return plans from PTQ4ViT's search on whole images, against the gradient of the loss."""
+        images = torch.cat(self.batches)[:SEARCH_IMAGES].clone()
+        gradients = self._gradients(images)
+        seen: dict[str, Tensor] = {}
+        operands = {name for site in self.sites for name in site.operands}
+        Recorder(self.module, operands, seen.__setitem__).run(images)
+        plans = {}
+        for site in self.sites:
+            bits, gradient = self.bits[site.name], gradients[site.name]
+            inputs = [seen[name] for name in site.operands]
+            if site.kind == "linear":
+                weight = get_tensor(self.module, str(site.weight))
+                bias = self.nodes[site.node].args[2] if len(self.nodes[site.node].args) > 2 else None
+                of_input, of_weight = search.search_linear(
+                    inputs[0].flatten(0, -2)[:SEARCH_ROWS],
+                    weight,
+                    None if bias is None else get_tensor(self.module, str(bias.target)),
+                    bits,
+                    groups=3 if site.name.endswith("qkv") else 1,
+                    gradient=gradient.flatten(0, -2)[:SEARCH_ROWS],
+                    after_gelu=self.recipe.gelu == "twin" and site.origins[0] == "gelu",
+                )
+                plans[site.name] = SitePlan((of_input,), of_weight)
+            elif site.kind == "product" and "softmax" in site.origins and self.recipe.softmax == "twin":
+                of_probs, of_v = search.search_softmax_product(inputs[0], inputs[1], bits, gradient=gradient)
+                plans[site.name] = SitePlan((of_probs, of_v))
+            elif site.kind == "product":
+                plans[site.name] = SitePlan(
+                    search.search_product(inputs[0], inputs[1], bits, gradient=gradient)
+                )
+        return plans
+
+    @torch.inference_mode(False)
+    def _gradients(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the gradient of the cross-entropy with the predicted class at every site's output."""
+        outputs: dict[str, Tensor] = {}
+        recorder = Recorder(self.module, [site.node for site in self.sites], outputs.__setitem__)
+        with torch.enable_grad():
+            logits = recorder.run(images.clone().requires_grad_())
+            loss = torch.nn.functional.cross_entropy(logits, logits.argmax(1))
+        found = torch.autograd.grad(loss, [outputs[site.node] for site in self.sites])
+        return {site.name: gradient for site, gradient in zip(self.sites, found, strict=True)}
+
+    # choices ----------------------------------------------------------------------------------------------------
+
+    def _error(self, plans: Mapping[str, SitePlan], images: int | None = None) -> float:
+        """Return the relative error of the logits with these plans, on the first `images`."""
+        simulator = Simulator(self.module, self.sites, plans)
+        outputs: list[Tensor] = []
+        for x in self.batches:
+            if images is None or sum(map(len, outputs)) < images:
+                outputs.append(simulator.run(x))
+        out = torch.cat(outputs)
+        exact = self.logits[: len(out)]
+        return float((out - exact).norm() / exact.norm())
+
+    def _noise(self, plans: Mapping[str, SitePlan]) -> dict[str, float]:
+        """Return each site's signal to noise ratio in dB on the first batch, its inputs exact."""
+        found: dict[str, float] = {}
+
+        def compare(name: str, exact: Tensor, quantized: Tensor) -> None:
+            noise = (quantized - exact).square().sum() / exact.square().sum()
+            found[name] = float(-10 * torch.log10(noise.clamp_min(1e-20)))
+
+        Simulator(self.module, self.sites, plans, compare).run(self.batches[0])
+        return found
+
+    def _choose(self, plans: dict[str, SitePlan]) -> tuple[list[LayerReport], dict[str, SitePlan]]:
+        """Leave the most harmful sites in floating point until the error budget holds."""
+        noise, errors = self._noise(plans), {}
+        budget = self.recipe.error_budget
+        if budget is not None and self._error(plans) > budget:
+            errors = {name: self._error({name: plan}, SENSITIVITY_IMAGES) for name, plan in plans.items()}
+            harmful = sorted(plans, key=lambda name: -errors[name])
+            low, high = 0, len(harmful)  # the least number left in floating point lies above low
+            while high - low > 1:
+                middle = (low + high) // 2
+                kept = {name: plans[name] for name in harmful[middle:]}
+                low, high = (low, middle) if self._error(kept) <= budget else (middle, high)
+            plans = {name: plan for name, plan in plans.items() if name not in harmful[:high]}
+        return [self._report(site, plans, noise, errors) for site in self.all_sites], plans
+
+    def _report(
+        self,
+        site: Site,
+        plans: Mapping[str, SitePlan],
+        noise: Mapping[str, float],
+        errors: Mapping[str, float],
+    ) -> LayerReport:
+        plan = plans.get(site.name)
+        mode = "float" if plan is None else "dynamic" if plan.dynamic else "static"
+        return LayerReport(
+            site.name,
+            site.kind,
+            None if plan is None else self.bits[site.name],
+            mode,
+            site.macs,
+            noise.get(site.name),
+            errors.get(site.name),
+        )
+
+    def _allocate(self) -> None:
+        """Give each inner site a width by relevance, under the recipe's budget (LRP-QViT)."""
+        recipe = self.recipe
+        assert recipe.average_bits is not None
+        inner = [site for site in self.sites if site.weight and self.bits[site.name] == recipe.weight_bits]
+        with torch.inference_mode(False):
+            model = copy.deepcopy(self.model).double().eval()
+            images = torch.cat(self.batches)[:RELEVANCE_IMAGES].clone().double()
+            scores = contribution_scores(model, images.split(1), [site.name for site in inner])
+        seen = self._record({site.operands[0] for site in inner})
+        errors: dict[str, dict[int, float]] = {}
+        for site in inner:
+            weight, values = get_tensor(self.module, str(site.weight)), seen[site.operands[0]].values
+            errors[site.name] = {
+                bits: scores[site.name]
+                * (
+                    relative_error(weight, self._weight(site, bits))
+                    + relative_error(values, self._activation(values, site.origins[0], bits))
+                )
+                for bits in recipe.mixed_bits
+            }
+        sizes = {
+            site.name: site.macs
+            if recipe.mixed_cost == "bitops"
+            else get_tensor(self.module, str(site.weight)).numel()
+            for site in inner
+        }
+        self.bits |= allocate(errors, sizes, recipe.mixed_bits, recipe.average_bits)
+
+
+def dynamic_placeholder(bits: int) -> Uniform:
+    """Return a quantizer that names a width; the scale of a dynamic site is found at each call."""
+    return Uniform(torch.ones(()), torch.zeros(()), 0, 2**bits - 1)
+
+
+def relative_error(x: Tensor, quantizer: Quantizer) -> float:
+    """Return the squared error of a quantizer relative to the square of what it quantizes."""
+    return float((x - quantizer(x)).square().sum() / x.square().sum())
+
+
+def _every(site: Site) -> bool:
+    return True

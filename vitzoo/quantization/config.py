@@ -1,0 +1,117 @@
+"""Recipes: how a model is quantized, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitzoo.quantization.calibration import check_bits
+
+FITS = ("minmax", "percentile", "mse", "search")
+SOFTMAX = ("uniform", "log2", "log_sqrt2", "twin")
+GELU = ("uniform", "twin")
+NORM = ("tensor", "channel", "power_of_two")
+ACTIVATIONS = ("static", "dynamic")
+COSTS = ("size", "bitops")
+TARGETS = ("x86-vnni", "x86-avx2", "arm", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized.
+
+    Attributes:
+        name: what reports call it.
+        description: one line for people.
+        weight_bits: width of weights; one scale an output channel, symmetric.
+        activation_bits: width of activations; one scale a tensor.
+        activations: "static" scales from calibration, or "dynamic", found for each call.
+        fit: how a static scale is found: "minmax", "percentile" (RepQ-ViT's three, least squared error), "mse" (the
+            extremes shrunk to the least squared error), "search" (PTQ4ViT's, against the product's output).
+        products: quantize the products of attention too.
+        softmax: quantizer of attention probabilities.
+        gelu: quantizer of GELU's output.
+        norm: quantizer of a LayerNorm's output: one scale a "tensor"; a scale a "channel", moved into the weights
+            afterwards (RepQ-ViT); "power_of_two" factors (FQ-ViT).
+        smooth: SmoothQuant's alpha, None for none.
+        first_last_bits: width of the first convolution and the classifier.
+        mixed_bits: widths to choose from, layer by layer, by relevance; () for none.
+        average_bits: what they may cost on average, of `mixed_cost`.
+        mixed_cost: "size" (weights) or "bitops" (MACs).
+        error_budget: relative logit error allowed on the calibration images; the most harmful layers stay in floating
+            point until it holds. None quantizes every layer.
+        bias_correction: move the mean error of each layer's output into its bias.
+        skip: patterns (fnmatch) of layers that stay in floating point.
+
+    Raises:
+        ValueError: a value outside what its field allows; the message names both.
+    """
+
+    name: str
+    description: str = ""
+    weight_bits: int = 8
+    activation_bits: int = 8
+    activations: str = "static"
+    fit: str = "mse"
+    products: bool = False
+    softmax: str = "uniform"
+    gelu: str = "uniform"
+    norm: str = "tensor"
+    smooth: float | None = None
+    first_last_bits: int = 8
+    mixed_bits: tuple[int, ...] = ()
+    average_bits: float | None = None
+    mixed_cost: str = "size"
+    error_budget: float | None = None
+    bias_correction: bool = False
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("weight_bits", "activation_bits", "first_last_bits"):
+            check_bits(getattr(self, field))
+        for bits in self.mixed_bits:
+            check_bits(bits)
+        for field, allowed in (
+            ("activations", ACTIVATIONS),
+            ("fit", FITS),
+            ("softmax", SOFTMAX),
+            ("gelu", GELU),
+            ("norm", NORM),
+            ("mixed_cost", COSTS),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} is {getattr(self, field)!r}, expected one of {', '.join(allowed)}")
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise ValueError(f"smooth is {self.smooth}, expected 0 to 1")
+        if self.error_budget is not None and not self.error_budget > 0:
+            raise ValueError(f"error_budget is {self.error_budget}, expected a positive relative error")
+        if bool(self.mixed_bits) != (self.average_bits is not None):
+            raise ValueError("mixed_bits and average_bits go together: give both or neither")
+        if self.average_bits is not None and self.average_bits < min(self.mixed_bits):
+            raise ValueError(
+                f"average_bits is {self.average_bits}, below the least of mixed_bits {self.mixed_bits}"
+            )
+
+    @property
+    def runs_as_integers(self) -> bool:
+        """Return whether a runtime can execute it with 8-bit integers; anything else is simulated exactly."""
+        uniform = self.softmax == self.gelu == "uniform" and self.norm != "power_of_two"
+        return uniform and not self.mixed_bits and self.weight_bits == self.activation_bits == 8
+
+
+def recipe_from_toml(path: str | Path) -> Recipe:
+    """Read a recipe from a TOML file, one key a field.
+
+    Raises:
+        ValueError: a key that no field has, or a value that its field does not allow.
+    """
+    values: dict[str, Any] = tomllib.loads(Path(path).read_text())
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return Recipe(**{"name": Path(path).stem, **values})
