@@ -5,6 +5,7 @@ import torch
 from timm.layers import Attention
 from torch import Tensor
 
+from vitzoo import use_backend
 from vitzoo.layers.token import (
     ScoredAttention,
     attention_with_scores,
@@ -43,22 +44,20 @@ def _reorganized(x: Tensor, scores: Tensor, keep: int, fuse: bool) -> tuple[Tens
     return torch.stack(rows), torch.tensor(kept)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 @pytest.mark.parametrize("scale", [None, 0.3], ids=["default scale", "scale 0.3"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_attention_with_scores_is_softmax_attention(shape, scale, fused) -> None:
+def test_attention_with_scores_is_softmax_attention(shape, scale) -> None:
     q, k, v = _qkv(shape)
-    out, scores = attention_with_scores(q, k, v, scale, fused=fused)
+    out, scores = attention_with_scores(q, k, v, scale)
     expected = _attention(q, k, v, scale or shape[-1] ** -0.5)
     torch.testing.assert_close((out, scores), expected)
     assert scores.sum(1).max() < 1
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
-def test_scores_are_taken_before_dropout(fused) -> None:
+def test_scores_are_taken_before_dropout() -> None:
     q, k, v = _qkv((2, 3, 50, 16))
     torch.manual_seed(0)
-    out, scores = attention_with_scores(q, k, v, dropout_p=0.5, fused=fused)
+    out, scores = attention_with_scores(q, k, v, dropout_p=0.5)
     expected = _attention(q, k, v, 0.25)
     torch.testing.assert_close(scores, expected[1])
     assert relative_difference(out, expected[0]) > 0.3
@@ -181,15 +180,15 @@ def test_scatter_puts_tokens_at_their_patches() -> None:
     assert torch.autograd.gradcheck(lambda t: scatter_tokens(t, patches, 6), tokens)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
-def test_scored_attention_is_timms_attention(fused) -> None:
+@pytest.mark.parametrize("backend", [None, "reference"], ids=["default", "reference"])
+def test_scored_attention_is_timms_attention(backend) -> None:
     torch.manual_seed(0)
     plain = Attention(24, num_heads=3, qkv_bias=True).double()
     scored = ScoredAttention(24, num_heads=3, qkv_bias=True).double()
     scored.load_state_dict(plain.state_dict())
-    scored.fused_attn = fused
     x = image((2, 9, 24)).double()
-    out, scores = scored(x, return_scores=True)
+    with use_backend(backend):
+        out, scores = scored(x, return_scores=True)
     torch.testing.assert_close(out, plain(x))
     torch.testing.assert_close(scored(x), plain(x))
     q, k, v = plain.qkv(x).reshape(2, 9, 3, 3, 8).permute(2, 0, 3, 1, 4).unbind(0)

@@ -15,7 +15,12 @@ from timm.models._features_fx import register_notrace_function
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitzoo.kernels.attention_with_scores import attention_with_scores as kernels_attention_with_scores
+
 FUSED = -1
+
+# it checks shapes and chooses a backend: FX keeps the call whole
+register_notrace_function(kernels_attention_with_scores)
 
 
 def class_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
@@ -46,7 +51,6 @@ def attention_with_scores(
     v: Tensor,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    fused: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attend, and return the class token's attention beside the output, without keeping the attention matrix.
 
@@ -55,18 +59,16 @@ def attention_with_scores(
         k: keys, likewise.
         v: values, likewise.
         scale: factor of the products, head_dim ** -0.5 if None.
-        dropout_p: probability that an attention weight is dropped; the scores are taken before dropout.
-        fused: use PyTorch's fused attention; if not, the matrix is formed (for exporters that need it).
+        dropout_p: probability that an attention weight is dropped; the scores are taken before dropout. With any,
+            PyTorch's attention takes the operator's place.
 
     Returns:
         The attention's output, (B, heads, L, head_dim), and the scores of `class_attention`, (B, L - 1).
     """
-    if fused:
+    if dropout_p > 0.0:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
-    else:
-        attn = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-        out = F.dropout(attn.softmax(dim=-1), dropout_p, training=dropout_p > 0.0) @ v
-    return out, class_attention(q, k, scale)
+        return out, class_attention(q, k, scale)
+    return kernels_attention_with_scores(q, k, v, scale)
 
 
 def keep_count(rate: float, count: int) -> int:
@@ -229,8 +231,6 @@ class ScoredAttention(Attention):
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        out, scores = attention_with_scores(
-            self.q_norm(q), self.k_norm(k), v, self.scale, dropout_p, self.fused_attn
-        )
+        out, scores = attention_with_scores(self.q_norm(q), self.k_norm(k), v, self.scale, dropout_p)
         out = out.transpose(1, 2).reshape(batch, length, self.attn_dim)
         return self.proj_drop(self.proj(self.norm(out))), scores
