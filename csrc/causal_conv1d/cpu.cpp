@@ -42,24 +42,32 @@ CausalConv1dArgs inputs(const Tensor& x, const Tensor& weight, const Optional& b
   k.reverse = reverse;
   const bool wide = x.scalar_type() == ScalarType::Double;
   k.x = view_of(x, "x", k.batch, k.dim, k.seqlen, wide);
+  k.columns = k.x.token != 1;
+  STD_TORCH_CHECK(!k.columns || k.x.channel == 1,
+                  "x is contiguous neither along the tokens nor the channels");
   k.initial = view_of(initial, "initial_states", k.batch, k.dim, k.width - 1, wide);
   k.weight = pointer_of(weight, "weight", k.dim * k.width, wide);
   k.bias = pointer_of(bias, "bias", k.dim, wide);
   return k;
 }
 
-View output(const Tensor& x, const char* name, const CausalConv1dArgs& k, int64_t length) {
-  const View view = view_of(x, name, k.batch, k.dim, length, k.x.kind == Kind::f64);
-  STD_TORCH_CHECK(view.token == 1 || view.channel == 1, name,
-                  " must be contiguous along the tokens or the channels");
+// A tensor in the layout of x.
+View like_x(const Tensor& y, const char* name, const CausalConv1dArgs& k) {
+  const View view = view_of(y, name, k.batch, k.dim, k.seqlen, k.x.kind == Kind::f64);
+  STD_TORCH_CHECK((k.columns ? view.channel : view.token) == 1, name, " does not have the layout of x");
+  STD_TORCH_CHECK(view.kind == k.x.kind, name, " does not have the dtype of x");
   return view;
 }
 
 void causal_conv1d_fwd_cpu(Tensor x, Tensor weight, Optional bias, Optional initial, bool silu, bool reverse,
                            int64_t part_tokens, Tensor out, Tensor final_states) {
   CausalConv1dArgs k = inputs(x, weight, bias, initial, silu, reverse, part_tokens);
-  k.out = output(out, "out", k, k.seqlen);
-  k.final_states = output(final_states, "final_states", k, k.width - 1);
+  k.out = like_x(out, "out", k);
+  k.final_states = view_of(final_states, "final_states", k.batch, k.dim, k.width - 1, k.x.kind == Kind::f64);
+  STD_TORCH_CHECK(k.final_states.token == 1 && k.final_states.kind == k.x.kind,
+                  "final_states is not contiguous in the dtype of x");
+  STD_TORCH_CHECK(k.initial.data == nullptr || k.initial.kind == k.x.kind,
+                  "initial_states does not have the dtype of x");
   const CausalConv1dKernels& kernels =
       select(causal_conv1d_baseline, causal_conv1d_avx2, causal_conv1d_avx512);
   run(k.x.kind == Kind::f64 ? kernels.forward_f64 : kernels.forward_f32, k, kConvForwardScratch);
@@ -70,11 +78,11 @@ void causal_conv1d_bwd_cpu(Tensor dout, Tensor x, Tensor weight, Optional bias, 
                            Optional dinitial) {
   CausalConv1dArgs k = inputs(x, weight, bias, initial, silu, reverse, part_tokens);
   const bool wide = k.x.kind == Kind::f64;
-  k.dout = view_of(dout, "dout", k.batch, k.dim, k.seqlen, wide);
-  k.dx = output(dx, "dx", k, k.seqlen);
+  k.dout = like_x(dout, "dout", k);
+  k.dx = like_x(dx, "dx", k);
   STD_TORCH_CHECK(initial.has_value() == dinitial.has_value(),
                   "dinitial_states is wanted exactly when initial_states is given");
-  k.dinitial = dinitial.has_value() ? output(*dinitial, "dinitial_states", k, k.width - 1) : View{};
+  k.dinitial = view_of(dinitial, "dinitial_states", k.batch, k.dim, k.width - 1, wide);
   k.dweight = pointer_of(dweight, "dweight", k.batch * k.parts * k.dim * k.width, wide);
   k.dbias = pointer_of(dbias, "dbias", k.batch * k.parts * k.dim, wide);
   const CausalConv1dKernels& kernels =

@@ -8,9 +8,10 @@
 
 namespace vitzoo {
 
-constexpr int64_t kConvChannels = 16;         // channels of a work item, a multiple of every vector width
-constexpr int64_t kConvForwardTokens = 64;    // tokens a forward pass keeps in L1 for one tile of channels
-constexpr int64_t kConvBackwardTokens = 128;  // likewise of a backward pass
+constexpr int64_t kConvChannels = 16;        // channels of a work item, a multiple of every vector width
+constexpr int64_t kConvForwardTokens = 256;  // tokens a forward pass keeps in L1 for one row
+constexpr int64_t kConvBackwardTokens =
+    256;  // tokens a backward pass keeps of one row, or of a vector of channels
 constexpr int64_t kConvMaxWidth = 4;
 
 // Tensors by pointer are contiguous and of the compute type T: float, or double where x is double.
@@ -20,6 +21,7 @@ struct CausalConv1dArgs {
   int64_t tiles;               // of kConvChannels channels
   int64_t parts, part_tokens;  // pieces of the tokens, the last may be shorter
   bool silu, reverse;
+  bool columns;                // the channels of x, out, dout and dx lie side by side, not the tokens
   View x, out;                 // (batch, dim, seqlen)
   View initial, final_states;  // (batch, dim, width - 1), initial may be absent
   const void* weight;          // (dim, width)
@@ -41,8 +43,9 @@ struct CausalConv1dKernels {
 
 extern const CausalConv1dKernels causal_conv1d_baseline, causal_conv1d_avx2, causal_conv1d_avx512;
 
-// Bytes a thread needs, for the widest vectors (64 bytes).
-constexpr size_t kConvForwardScratch = 64 * size_t(2 * kConvForwardTokens + kConvMaxWidth);
-constexpr size_t kConvBackwardScratch = 64 * size_t(3 * kConvBackwardTokens + 4 * kConvMaxWidth);
+// Bytes a thread needs, for the widest units: one double forward, where columns need no buffer, one vector
+// backward.
+constexpr size_t kConvForwardScratch = 8 * 2 * size_t(kConvForwardTokens + 64);
+constexpr size_t kConvBackwardScratch = 64 * 3 * size_t(kConvBackwardTokens + 64);
 
 }  // namespace vitzoo

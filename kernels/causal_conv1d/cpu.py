@@ -1,6 +1,7 @@
 """Causal convolution on the CPU in C++ (csrc/causal_conv1d): brings the arguments to the form the kernels take.
 
-x, dout and the states go as they are, in their dtype and with their strides; weight and bias in the compute dtype.
+x, dout and the states go in their dtype and with their strides, unless neither tokens nor channels are contiguous; weight
+and bias go in the compute dtype.
 """
 
 from __future__ import annotations
@@ -36,11 +37,17 @@ def _inputs(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     dtype = compute_dtype(x)
     return (
-        x.transpose(1, 2) if channels_last else x,
+        _as_rows_or_columns(x, channels_last),
         weight.to(dtype).contiguous(),
         None if bias is None else bias.to(dtype).contiguous(),
         None if initial_states is None else initial_states.to(x.dtype),
     )
+
+
+def _as_rows_or_columns(x: Tensor, channels_last: bool) -> Tensor:
+    """Return x as (B, D, L) whose channels (with `channels_last`) or tokens are contiguous, copied if they are not."""
+    x = x if x.shape[2] == 1 or x.stride(2) == 1 else x.contiguous()
+    return x.transpose(1, 2) if channels_last else x
 
 
 def part_tokens(batch: int, dim: int, seqlen: int) -> int:
@@ -97,9 +104,8 @@ def backward(
     dweight = torch.empty((batch * parts, dim, weight.shape[1]), dtype=dtype)
     dbias = None if bias is None else torch.empty((batch * parts, dim), dtype=dtype)
     dinitial = None if initial_states is None else torch.empty(initial_states.shape, dtype=x.dtype)
-    dout = dout.to(x.dtype)
     torch.ops.vitzoo_native.causal_conv1d_bwd(
-        dout.transpose(1, 2) if channels_last else dout,
+        _as_rows_or_columns(dout.to(x.dtype), channels_last),
         x,
         *others,
         silu,
