@@ -1,0 +1,14 @@
+#include <cstddef>
+#include <cstdint>
+
+#include "row_norm.h"
+
+// clang-format off: the order matters
+#include "isa_avx2.h"
+#include "row_norm_kernel.h"
+#include "isa_end.h"
+// clang-format on
+
+namespace vitzoo {
+const RowNormKernels row_norm_avx2 = kRowNormKernels;
+}
