@@ -6,6 +6,7 @@ from timm.layers import Attention
 from torch import Tensor
 
 from vitzoo import use_backend
+from vitzoo.kernels.reorganize_tokens import reorganize_tokens
 from vitzoo.layers.token import (
     ScoredAttention,
     attention_with_scores,
@@ -13,7 +14,6 @@ from vitzoo.layers.token import (
     keep_count,
     patch_mask,
     prune_tokens,
-    reorganize_tokens,
     scatter_tokens,
     track_patches,
 )

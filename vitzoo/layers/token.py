@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitzoo.kernels.attention_with_scores import attention_with_scores as kernels_attention_with_scores
+from vitzoo.kernels.reorganize_tokens import reorganize_tokens
 
 FUSED = -1
 
@@ -74,49 +75,6 @@ def attention_with_scores(
 def keep_count(rate: float, count: int) -> int:
     """Return how many of `count` tokens a keep rate keeps: rate * count in double precision, rounded up."""
     return math.ceil(rate * count)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Select rows `index` (B, K) of `x` (B, L, C); (B, K, C). Copies whole rows, which gather does not."""
-    batch, length, channels = x.shape
-    flat = index + torch.arange(0, batch * length, length, device=x.device).unsqueeze(1)
-    return x.reshape(-1, channels).index_select(0, flat.reshape(-1)).view(batch, -1, channels)
-
-
-def reorganize_tokens(x: Tensor, scores: Tensor, keep: int, fuse: bool = False) -> tuple[Tensor, Tensor]:
-    """Keep the class token and the tokens with the highest scores.
-
-    Args:
-        x: tokens, (B, L, C), class token first.
-        scores: one for each token but the class token, (B, L - 1).
-        keep: K, how many to keep besides the class token.
-        fuse: append the sum over the dropped tokens of score * token, if any was dropped. The scores are not
-            normalised, so this token is small.
-
-    Returns:
-        The tokens, (B, 1 + K, C) or with the fused one (B, 2 + K, C): class token, kept tokens by falling
-        score, fused token. And which were kept, (B, K), int64, counted without the class token.
-
-    Raises:
-        ValueError: `keep` is not in 1 .. L - 1, or the scores do not fit the tokens.
-
-    Source: Liang et al., EViT, arXiv 2202.07800, section 3.2, equation 4.
-    """
-    count = x.shape[1] - 1
-    if scores.shape[1] != count:
-        raise ValueError(
-            f"scores have {scores.shape[1]} entries, {count} tokens besides the class token need {count}"
-        )
-    if not 1 <= keep <= count:
-        raise ValueError(f"keep {keep} is not in 1 .. {count}, the number of tokens besides the class token")
-    index = scores.topk(keep, dim=1).indices
-    kept = _rows(x, F.pad(index + 1, (1, 0)))  # row 0 is the class token
-    if not fuse or keep == count:
-        return kept, index
-    # a product and a sum, not a batched matmul: with that the exporter fixes the batch size at 1
-    rest = scores.scatter(1, index, 0.0).unsqueeze(-1)
-    fused = (rest * x[:, 1:]).sum(dim=1, keepdim=True)
-    return torch.cat([kept, fused.to(x.dtype)], dim=1), index
 
 
 @torch.fx.wrap
