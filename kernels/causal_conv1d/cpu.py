@@ -1,7 +1,7 @@
 """Causal convolution on the CPU in C++ (csrc/causal_conv1d): brings the arguments to the form the kernels take.
 
-x, dout and the states go in their dtype and with their strides, unless neither tokens nor channels are contiguous; weight
-and bias go in the compute dtype.
+x, dout and the states go in their dtype and with their strides, unless neither tokens nor channels are contiguous;
+weight and bias go in the compute dtype.
 """
 
 from __future__ import annotations

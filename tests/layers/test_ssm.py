@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vitzoo.kernels.selective_scan.reference import selective_scan_reference
 from vitzoo.layers.norm import RMSNorm, at_least_float32
-from vitzoo.layers.ssm import BidirectionalMamba, causal_depthwise_conv
+from vitzoo.layers.ssm import BidirectionalMamba
 from vitzoo.testing import relative_difference
 
 
@@ -74,21 +74,6 @@ def test_mixer_turns_with_its_directions() -> None:
     turned.load_state_dict({swap.get(k, k): v for k, v in state.items()})
     x = torch.randn(2, 9, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(turned(x.flip(1)), mixer(x).flip(1))
-
-
-@pytest.mark.parametrize(("width", "tokens"), [(4, 9), (4, 2), (3, 5), (1, 4)])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_causal_conv_equals_the_sum_over_taps(width: int, tokens: int, bias: bool) -> None:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, tokens, 5, generator=g, dtype=torch.float64)
-    weight = torch.randn(5, 1, width, generator=g, dtype=torch.float64)
-    shift = torch.randn(5, generator=g, dtype=torch.float64) if bias else None
-    expected = torch.zeros_like(x) if shift is None else shift.expand_as(x).clone()
-    for t in range(tokens):
-        for k in range(width):
-            if t - (width - 1) + k >= 0:
-                expected[:, t] += weight[:, 0, k] * x[:, t - (width - 1) + k]
-    torch.testing.assert_close(causal_depthwise_conv(x, weight, shift), expected)
 
 
 def test_initial_steps_and_rates_are_mambas() -> None:

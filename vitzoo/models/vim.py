@@ -39,13 +39,17 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vitzoo.checkpoint import resize_pos_grid
-from vitzoo.layers.norm import RMSNorm, at_least_float32
+from vitzoo.kernels.add_norm import add_rms_norm
+from vitzoo.layers.norm import RMSNorm
 from vitzoo.layers.ssm import BidirectionalMamba
 from vitzoo.models._base import Backbone
 from vitzoo.models._builder import build
 from vitzoo.registry import Family, Published, Tag, register_family
 
 _NORM_EPS = 1e-5
+
+# it checks shapes and chooses a backend: FX keeps the call whole
+register_notrace_function(add_rms_norm)
 
 
 @register_notrace_function
@@ -187,8 +191,10 @@ class Block(nn.Module):
         Returns:
             This mixer's output and the stream it read.
         """
-        residual = at_least_float32(hidden) if residual is None else residual + self.drop_path(hidden)
-        return self.mixer(self.norm(residual)), residual
+        if residual is not None:
+            hidden = self.drop_path(hidden)
+        x, residual = add_rms_norm(hidden, residual, self.norm.weight, _NORM_EPS)
+        return self.mixer(x), residual
 
 
 class VisionMamba(Backbone):
