@@ -22,14 +22,25 @@ using vitzoo::View;
 template <class T>
 struct Simd;
 
+// exp2 in float reads the leading bits of the fraction from a table that fits one register, where a
+// permutation of its lanes costs one instruction; the polynomial is then of degree 3 instead of 6.
+#if defined(__x86_64__) && VITZOO_VECTOR_BYTES >= 32
+#define VITZOO_EXP_TABLE 1
+#endif
+
 template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(VITZOO_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(VITZOO_VECTOR_BYTES)));
   static constexpr int W = VITZOO_VECTOR_BYTES / 4;
-  static constexpr int mantissa = 23;
+#ifdef VITZOO_EXP_TABLE
+  static constexpr int table_bits = W == 16 ? 4 : 3;
+#else
+  static constexpr int table_bits = 0;
+#endif
+  static constexpr int mantissa = 23 - table_bits;
   static constexpr float magic =
-      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+      12582912.0f / (1 << table_bits);  // 1.5 * 2^mantissa: adding it rounds to a fixed point in the low bits
   static constexpr float min_exponent = -126.0f, max_exponent = 128.0f;
   static constexpr float ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
 };
@@ -91,6 +102,17 @@ VITZOO_INLINE V smaller(V high, V x) {
 }
 #endif
 
+// x, which the compiler may then not fuse with an operation that follows.
+template <class V>
+VITZOO_INLINE V rounded(V x) {
+#if defined(__x86_64__) && VITZOO_VECTOR_BYTES == 64
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 template <class T>
 VITZOO_INLINE Vec<T> at_least(Vec<T> x, T low) {
   return larger(broadcast<T>(low), x);
@@ -101,8 +123,18 @@ VITZOO_INLINE Vec<T> at_most(Vec<T> x, T high) {
   return smaller(broadcast<T>(high), x);
 }
 
-// 2^f on [-1/2, 1/2]: minimax with p(0) = 1, relative error 2e-9; for double the Taylor series to degree 13,
-// 4e-18.
+// 2^f where f is what `shifted`, x + magic, left of x. In float by polynomials that are minimax under p(0) =
+// 1: relative error 2e-9 on [-1/2, 1/2] and [-1/32, 1/32], 3e-8 on [-1/16, 1/16]. The slope at 0 is ln 2 to
+// 1e-7, so that slow decays, which add up over many tokens, have the right rate. For double the Taylor series
+// to degree 13, 4e-18.
+#ifdef VITZOO_EXP_TABLE
+VITZOO_INLINE Vec<float> exp2_fraction(Vec<float> f) {
+  constexpr bool fine = Simd<float>::table_bits == 4;
+  Vec<float> p = f * (fine ? 5.55056520e-2f : 5.54962233e-2f) + (fine ? 2.40226984e-1f : 2.40257636e-1f);
+  p = p * f + (fine ? 6.93147182e-1f : 6.93147242e-1f);
+  return p * f + 1.0f;
+}
+#else
 VITZOO_INLINE Vec<float> exp2_fraction(Vec<float> f) {
   Vec<float> p = f * 1.53533620e-4f + 1.33988739e-3f;
   p = p * f + 9.61843692e-3f;
@@ -111,6 +143,7 @@ VITZOO_INLINE Vec<float> exp2_fraction(Vec<float> f) {
   p = p * f + 6.93147182e-1f;
   return p * f + 1.0f;
 }
+#endif
 
 VITZOO_INLINE Vec<double> exp2_fraction(Vec<double> f) {
   Vec<double> p = f * 1.3691488853904129e-12 + 2.5678435993488202e-11;
@@ -128,25 +161,43 @@ VITZOO_INLINE Vec<double> exp2_fraction(Vec<double> f) {
   return p * f + 1.0;
 }
 
+// p 2^n for the fixed-point number n in the low bits of `shifted`.
 template <class T>
 VITZOO_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> shifted) {
   typedef typename Simd<T>::I I;
+#ifdef VITZOO_EXP_TABLE
+  if constexpr (sizeof(T) == 4) {
+    // The bits of 2^(j / size) less those that j itself leaves below the exponent.
+#if VITZOO_VECTOR_BYTES == 64
+    alignas(64) static constexpr uint32_t table[16] = {
+        0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+        0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+    const I fraction = (I)_mm512_permutexvar_epi32((__m512i)shifted, _mm512_load_si512(table));
+#else
+    alignas(32) static constexpr uint32_t table[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                                      0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+    const I fraction = (I)_mm256_permutevar8x32_epi32(
+        _mm256_load_si256(reinterpret_cast<const __m256i*>(table)), (__m256i)shifted);
+#endif
+    return p * (Vec<T>)(fraction + ((I)shifted << Simd<T>::mantissa));
+  }
+#endif
   return (Vec<T>)((I)p + ((I)shifted << Simd<T>::mantissa));
 }
 
 // 2^(x y). Below the smallest normal number it stays there (1e-38 in float), above the largest it is
-// infinite. Without `Clamp` |x y| must be below kPlainExponent; the product is then not even rounded where
-// there are fused operations.
+// infinite. Without `Clamp` |x y| must be below kPlainExponent.
 template <class T, bool Clamp>
 VITZOO_INLINE Vec<T> exp2_product(Vec<T> x, Vec<T> y) {
+  Vec<T> z = x * y;
   if constexpr (Clamp) {
-    const Vec<T> z = at_most<T>(at_least<T>(x * y, Simd<T>::min_exponent), Simd<T>::max_exponent);
-    const Vec<T> shifted = z + Simd<T>::magic;
-    return scale_by_power<T>(exp2_fraction(z - (shifted - Simd<T>::magic)), shifted);
+    z = at_most<T>(at_least<T>(z, Simd<T>::min_exponent), Simd<T>::max_exponent);
   } else {
-    const Vec<T> shifted = x * y + Simd<T>::magic;
-    return scale_by_power<T>(exp2_fraction(x * y - (shifted - Simd<T>::magic)), shifted);
+    // Fused with what follows, the product would be made twice; the adders are idle, the multipliers are not.
+    z = rounded(z);
   }
+  const Vec<T> shifted = z + Simd<T>::magic;
+  return scale_by_power<T>(exp2_fraction(z - (shifted - Simd<T>::magic)), shifted);
 }
 
 template <class T>
@@ -161,15 +212,25 @@ VITZOO_INLINE bool all_below(Vec<T> x, T limit) {
   return below;
 }
 
-// e^x for x <= 0, to the last bit or two also where x is large: the argument is reduced before it is
-// multiplied.
+// e^x for low <= x <= high, to the last bit or two also where |x| is large: the argument is reduced before it
+// is multiplied.
 template <class T>
-VITZOO_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
-  x = at_least<T>(x, Simd<T>::min_exponent * T(0.6931471805599453));
+VITZOO_INLINE Vec<T> exp_bounded(Vec<T> x) {
   const Vec<T> shifted = x * T(kLog2e) + Simd<T>::magic;
   const Vec<T> n = shifted - Simd<T>::magic;
+#ifdef VITZOO_EXP_TABLE
+  // float(ln 2) is right to 3e-9, and the product is not rounded
+  const Vec<T> r =
+      sizeof(T) == 4 ? x - n * T(0.6931471805599453) : (x - n * Simd<T>::ln2_hi) - n * Simd<T>::ln2_lo;
+#else
   const Vec<T> r = (x - n * Simd<T>::ln2_hi) - n * Simd<T>::ln2_lo;
+#endif
   return scale_by_power<T>(exp2_fraction(r * T(kLog2e)), shifted);
+}
+
+template <class T>
+VITZOO_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
+  return exp_bounded<T>(at_least<T>(x, Simd<T>::min_exponent * T(0.6931471805599453)));
 }
 
 template <class T>
@@ -179,16 +240,45 @@ VITZOO_INLINE Vec<T> absolute(Vec<T> x) {
   return (Vec<T>)((I)x & ~sign);
 }
 
-// log(1 + e) for e in [0, 1]: 2 artanh(w) with w = e / (2 + e) <= 1/3, relative error below the rounding.
 template <class T>
-VITZOO_INLINE Vec<T> log1p_unit(Vec<T> e) {
-  constexpr int terms = sizeof(T) == 4 ? 8 : 17;
-  const Vec<T> w = e / (e + T(2));
-  const Vec<T> square = w * w;
-  Vec<T> p = broadcast<T>(T(2) / T(2 * terms - 1));
+VITZOO_INLINE Vec<T> minus_absolute(Vec<T> x) {
+  typedef typename Simd<T>::I I;
+  return (Vec<T>)((I)x | (I)broadcast<T>(T(-0.0)));
+}
+
+// 1 / x for 1 <= x <= 2^126. Where there is an estimate to 14 bits, one Newton step takes a third of the time
+// of a division and is right to the last bit or two.
+VITZOO_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+VITZOO_INLINE Vec<float> reciprocal(Vec<float> x) {
+#if defined(__x86_64__) && VITZOO_VECTOR_BYTES == 64
+  const Vec<float> guess = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  return guess * (2.0f - x * guess);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// log(1 + e) for e in [0, 1]: in float e times a minimax polynomial, relative error 5e-8; in double
+// 2 artanh(w) with w = e / (2 + e) <= 1/3, relative error below the rounding.
+VITZOO_INLINE Vec<float> log1p_unit(Vec<float> e) {
+  Vec<float> p = e * 5.36467135e-3f - 3.00652087e-2f;
+  p = p * e + 7.92036429e-2f;
+  p = p * e - 1.37537315e-1f;
+  p = p * e + 1.91536248e-1f;
+  p = p * e - 2.48571575e-1f;
+  p = p * e + 3.33213210e-1f;
+  p = p * e - 4.99996483e-1f;
+  return p * e * e + e;
+}
+
+VITZOO_INLINE Vec<double> log1p_unit(Vec<double> e) {
+  constexpr int terms = 17;
+  const Vec<double> w = e / (e + 2.0);
+  const Vec<double> square = w * w;
+  Vec<double> p = broadcast<double>(2.0 / (2 * terms - 1));
 #pragma GCC unroll 17
   for (int k = terms - 2; k >= 0; --k) {
-    p = p * square + T(2) / T(2 * k + 1);
+    p = p * square + 2.0 / (2 * k + 1);
   }
   return p * w;
 }
@@ -198,22 +288,27 @@ struct Softplus {
   Vec<T> value, slope;
 };
 
-// softplus as PyTorch defines it (the identity above 20) and its derivative.
+// softplus as PyTorch defines it (the identity above 20, which in float the rounding sees to) and its
+// derivative.
 template <class T>
 VITZOO_INLINE Softplus<T> softplus(Vec<T> x) {
-  const Vec<T> e = exp_nonpositive<T>(-absolute<T>(x));
-  const Vec<T> s = T(1) / (e + T(1));
+  const Vec<T> e = exp_nonpositive<T>(minus_absolute<T>(x));
+  const Vec<T> s = reciprocal(e + T(1));
   Softplus<T> out;
-  out.value = x > T(20) ? x : at_least<T>(x, T(0)) + log1p_unit<T>(e);
-  out.slope = x > T(20) ? broadcast<T>(T(1)) : (x >= T(0) ? s : e * s);
+  out.value = at_least<T>(x, T(0)) + log1p_unit(e);
+  out.slope = x >= T(0) ? s : e * s;
+  if constexpr (sizeof(T) == 8) {
+    out.value = x > T(20) ? x : out.value;
+    out.slope = x > T(20) ? broadcast<T>(T(1)) : out.slope;
+  }
   return out;
 }
 
+// 1 / (1 + e^-x); below -87 in float and -693 in double it stays what it is there.
 template <class T>
 VITZOO_INLINE Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> e = exp_nonpositive<T>(-absolute<T>(x));
-  const Vec<T> s = T(1) / (e + T(1));
-  return x >= T(0) ? s : e * s;
+  constexpr T limit = (Simd<T>::max_exponent - 3) * T(0.6931471805599453);
+  return reciprocal(exp_bounded<T>(at_most<T>(at_least<T>(-x, -limit), limit)) + T(1));
 }
 
 // Elements in memory
@@ -274,6 +369,12 @@ constexpr bool kSameType = false;
 template <class T>
 constexpr bool kSameType<T, T> = true;
 
+#if defined(__x86_64__) && VITZOO_VECTOR_BYTES == 32
+VITZOO_INLINE __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 // `count` of W elements; the other lanes are zero.
 template <class T, class S>
 VITZOO_INLINE Vec<T> load_row(const S* p, int count) {
@@ -289,6 +390,15 @@ VITZOO_INLINE Vec<T> load_row(const S* p, int count) {
     }
     return out;
   }
+#ifdef VITZOO_EXP_TABLE
+  if constexpr (kSameType<T, S> && sizeof(T) == 4) {
+#if VITZOO_VECTOR_BYTES == 64
+    return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+#else
+    return (Vec<T>)_mm256_maskload_ps(p, first_lanes(count));
+#endif
+  }
+#endif
   T values[W] = {};
   for (int i = 0; i < count; ++i) {
     values[i] = widen(p[i]);
@@ -305,6 +415,16 @@ VITZOO_INLINE void store_row(S* p, Vec<T> v, int count) {
       __builtin_memcpy(p, &v, sizeof(v));
       return;
     }
+#ifdef VITZOO_EXP_TABLE
+    if constexpr (sizeof(T) == 4) {
+#if VITZOO_VECTOR_BYTES == 64
+      _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+#else
+      _mm256_maskstore_ps(p, first_lanes(count), (__m256)v);
+#endif
+      return;
+    }
+#endif
   }
   T values[W];
   __builtin_memcpy(values, &v, sizeof(v));
@@ -427,6 +547,30 @@ inline void store_tile_of(const View& view, int64_t batch, int64_t channel, int 
     for (int r = 0; r < width; ++r) {
       store_row<T>(p + r * view.channel + t, v[r], columns);
     }
+  }
+}
+
+// Asks for the cache lines of share `part` of `parts` of a tile that is needed soon: the rows are too short
+// for the hardware to guess, and all at once they would be too many to be on their way. To L2: L1 has no
+// room.
+template <int ForWriting>
+VITZOO_INLINE void prefetch_tile(const View& view, int64_t batch, int64_t channel, int width, int64_t token,
+                                 int64_t count, int64_t part, int64_t parts) {
+  if (view.data == nullptr) {
+    return;
+  }
+  const int64_t size = view.kind == Kind::f64 ? 8 : view.kind == Kind::f32 ? 4 : 2;
+  const char* const p = static_cast<const char*>(view.data) +
+                        size * (batch * view.batch + channel * view.channel + token * view.token);
+  const bool rows = view.token == 1;  // else a token is a row, contiguous at best
+  const int64_t lines = rows ? width : count, step = size * (rows ? view.channel : view.token);
+  const int64_t bytes = size * (rows ? count : width);
+  for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; ++line) {
+    const char* const row = p + line * step;
+    for (int64_t byte = 0; byte < bytes; byte += 64) {
+      __builtin_prefetch(row + byte, ForWriting, 2);
+    }
+    __builtin_prefetch(row + bytes - 1, ForWriting, 2);
   }
 }
 

@@ -39,9 +39,28 @@ struct SelectiveScanArgs {
 // One pass over work items [begin, end) of batch * groups * parts.
 using SelectiveScanPass = void (*)(const SelectiveScanArgs& args, int64_t begin, int64_t end, void* scratch);
 
+// Several routes over the tokens of one input, whose outputs are added up.
+struct RoutedScanArgs {
+  int64_t routes;
+  bool shared;                     // u and du are the same tensors in every route
+  const SelectiveScanArgs* route;  // sizes, u, delta, parameters and their gradients of each; z, out, dout
+                                   // and dz are those of the first. b and c are in the order of the route
+  const int64_t* code;             // bit 0: column by column, bit 1: from the end
+  const int64_t* columns;          // the pixels column by column, (seqlen); null where no route needs them
+};
+
+using RoutedScanPass = void (*)(const RoutedScanArgs& args, int64_t begin, int64_t end, void* scratch);
+
 struct SelectiveScanKernels {
   SelectiveScanPass forward_f32, forward_f64, backward_f32, backward_f64;
+  RoutedScanPass routed_forward_f32, routed_forward_f64, routed_backward_f32, routed_backward_f64;
+  // The bare loop that the scan is measured against: for each work item the decays of 64 tokens, 16 states
+  // and a vector of channels, written over and over to the same 64 vectors. Returns the exponentials of one
+  // item.
+  int64_t (*exponentials)(int64_t begin, int64_t end, void* scratch);
 };
+
+constexpr size_t kExponentialsScratch = 64 * (2 * 64 + 16);
 
 extern const SelectiveScanKernels selective_scan_baseline, selective_scan_avx2, selective_scan_avx512;
 
@@ -54,7 +73,15 @@ inline size_t selective_scan_forward_scratch(int64_t dstate) {
 }
 inline size_t selective_scan_backward_scratch(int64_t dstate, int64_t seqlen) {
   const size_t chunks = size_t(seqlen + kBackwardTokens - 1) / size_t(kBackwardTokens);
-  return 64 * (12 * size_t(kBackwardTokens + 1) + (7 + chunks) * size_t(dstate));
+  return 64 * (17 * size_t(kBackwardTokens + 1) + (7 + chunks) * size_t(dstate));
+}
+
+// A tile of whole rows in each of the tensors that a routed pass holds.
+inline size_t routed_scan_forward_scratch(int64_t dstate, int64_t seqlen) {
+  return selective_scan_forward_scratch(dstate) + 64 * 3 * size_t(seqlen);
+}
+inline size_t routed_scan_backward_scratch(int64_t dstate, int64_t seqlen) {
+  return selective_scan_backward_scratch(dstate, seqlen) + 64 * 6 * size_t(seqlen);
 }
 
 }  // namespace vitzoo

@@ -5,7 +5,7 @@
 
 // clang-format off: the order matters
 #include "../common/isa_avx512.h"
-#include "cpu_kernel.h"
+#include "cpu_passes.h"
 #include "../common/isa_end.h"
 // clang-format on
 

@@ -4,7 +4,7 @@
 #include "cpu_args.h"
 
 // clang-format off: the order matters
-#include "cpu_kernel.h"
+#include "cpu_passes.h"
 // clang-format on
 
 namespace vitzoo {

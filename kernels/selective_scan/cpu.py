@@ -11,25 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitzoo.kernels.common import native
-from vitzoo.kernels.selective_scan.reference import compute_dtype
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Channels that one work item of the forward pass takes: a multiple of every vector width.
-TILE = 16
-# Work items that the backward pass aims at. Each has its own sums of dB and dC over its channels, added up in a fixed
-# order afterwards: the result does not depend on the number of threads.
-BACKWARD_ITEMS = 64
+from vitzoo.kernels.common import scan_support
+from vitzoo.kernels.common.scan_support import TILE, as_wide_as, compute_dtype, part_channels
 
 
 def why_not(u: Tensor | None = None, *args: Any) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    if u is not None:
-        if u.device.type != "cpu":
-            return f"it runs on the CPU only and u is on {u.device}"
-        if u.dtype not in DTYPES:
-            return f"u is {u.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not()
+    return scan_support.why_not(u)
 
 
 def _rows(matrix: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -61,8 +49,7 @@ def _inputs(
     groups = math.lcm(group_count(B), group_count(C))
 
     def wide_as_u(x: Tensor | None) -> Tensor | None:
-        mixed = x is not None and (x.dtype == torch.float64) != (dtype == torch.float64)
-        return x.to(dtype) if x is not None and mixed else x
+        return None if x is None else as_wide_as(u, x)
 
     def small(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(dtype).contiguous()
@@ -98,17 +85,11 @@ def forward(
     return out, last_state
 
 
-def _part_channels(batch: int, groups: int, channels: int) -> int:
-    tiles = -(-channels // TILE)
-    parts = min(tiles, max(1, -(-BACKWARD_ITEMS // (batch * groups))))
-    return -(-tiles // parts) * TILE
-
-
 def fold(partial: Tensor, matrix: Tensor) -> Tensor:
     """Add up the partial sums of dB or dC and bring them to the form of B or C."""
     if matrix.ndim == 2:
         return partial.sum(0)
-    total = partial.sum(1)  # (B, groups, N, L)
+    total = partial.sum(1) if partial.shape[1] > 1 else partial.squeeze(1)  # (B, groups, N, L)
     if total.shape[1] != group_count(matrix):
         total = total.unflatten(1, (group_count(matrix), -1)).sum(2)
     return total.squeeze(1) if matrix.ndim == 3 else total
@@ -133,8 +114,8 @@ def backward(
     batch, dim, seqlen = u.shape
     rows = [m for m in inputs[3:5] if m.ndim == 4]
     groups = rows[0].shape[1] if rows else 1
-    part_channels = _part_channels(batch, groups, dim // groups)
-    parts = -(-(dim // groups) // part_channels)
+    piece = part_channels(batch, groups, dim // groups, A.shape[1])
+    parts = -(-(dim // groups) // piece)
 
     def partial(matrix: Tensor) -> Tensor:
         shape = (batch, dim, A.shape[1]) if matrix.ndim == 2 else (batch, parts, groups, A.shape[1], seqlen)
@@ -154,7 +135,7 @@ def backward(
         None if dlast is None else dlast.to(dtype).contiguous(),
         *inputs,
         delta_softplus,
-        part_channels,
+        piece,
         *(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias),
     )
     return (

@@ -1,0 +1,52 @@
+"""What the CPU C++ scans share: which tensors they take, and how channels are divided into work items."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitzoo.kernels.common import native
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Channels that one work item of the forward pass takes: a multiple of every vector width.
+TILE = 16
+# Work items that the backward pass aims at. Each has its own sums of dB and dC over its channels, added up in a fixed
+# order afterwards: the result does not depend on the number of threads.
+BACKWARD_ITEMS = 64
+
+
+def why_not(u: Tensor | None = None) -> str | None:
+    """Return why the C++ kernels cannot take a call on `u`, or None."""
+    if u is not None:
+        if u.device.type != "cpu":
+            return f"it runs on the CPU only and u is on {u.device}"
+        if u.dtype not in DTYPES:
+            return f"u is {u.dtype}, not float32, float64, bfloat16 or float16"
+    return native.why_not()
+
+
+def compute_dtype(u: Tensor) -> torch.dtype:
+    """Return the dtype of state and sums: float64 for float64 inputs, float32 for narrower ones."""
+    return torch.promote_types(u.dtype, torch.float32)
+
+
+def as_wide_as(u: Tensor, x: Tensor) -> Tensor:
+    """Return x, in float64 exactly when u is: the kernels read any narrower mix as it is."""
+    mixed = (x.dtype == torch.float64) != (u.dtype == torch.float64)
+    return x.to(compute_dtype(u)) if mixed else x
+
+
+def part_channels(batch: int, groups: int, channels: int, dstate: int) -> int:
+    """Return the channels of one work item of the backward pass, a multiple of `TILE`.
+
+    Its sums of dB and dC, over all items, stay at or below u in number; a group is at least one item.
+
+    Args:
+        batch: B.
+        groups: of channels that share B and C.
+        channels: D / groups.
+        dstate: N.
+    """
+    tiles = -(-channels // TILE)
+    parts = min(tiles, max(1, -(-BACKWARD_ITEMS // (batch * groups))), max(1, channels // (2 * dstate)))
+    return -(-tiles // parts) * TILE
