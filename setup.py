@@ -167,6 +167,10 @@ def extension() -> dict[str, Any]:
 setup(
     packages=packages,
     package_dir={"vitzoo": "vitzoo", "vitzoo.kernels": "kernels"},
-    package_data={"vitzoo": ["py.typed"], "vitzoo.demo": ["*.j2"]},
+    package_data={
+        "vitzoo": ["py.typed"],
+        "vitzoo.benchmark": ["suites/*.toml"],
+        "vitzoo.demo": ["*.j2"],
+    },
     **extension(),
 )

@@ -20,7 +20,7 @@ TINY = dict(img_size=16, **QUICK)
 
 # a file of its own: a child process must be able to import what it is sent
 FAKES = '''
-import os, signal, time
+import os, signal, sys, time
 import torch
 from torch import nn
 
@@ -38,6 +38,12 @@ class Dies(nn.Module):
     def forward(self, x):
         os.kill(os.getpid(), signal.SIGKILL)
 
+class DiesInAFork(nn.Module):
+    def forward(self, x):
+        if "vitzoo_test_parent" not in sys.modules:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
 class Pid(nn.Module):
     def forward(self, x):
         if x.is_meta or os.environ.get("VITZOO_TEST_PARENT") == str(os.getpid()):
@@ -51,6 +57,7 @@ def fakes(tmp_path: Path, monkeypatch):
     (tmp_path / "vitzoo_fakes.py").write_text(FAKES)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "vitzoo_fakes", raising=False)
+    monkeypatch.setitem(sys.modules, "vitzoo_test_parent", sys)
     return importlib.import_module("vitzoo_fakes")
 
 
@@ -203,6 +210,15 @@ def test_int8_without_a_quantized_path_is_refused() -> None:
     assert "int8 needs a quantized form" in row["error"]
 
 
+def test_int8_takes_the_registered_path(monkeypatch) -> None:
+    from vitzoo.benchmark.case import QUANTIZERS
+
+    monkeypatch.setitem(QUANTIZERS, "eager", lambda model: nn.Sequential(model, nn.Flatten()))
+    found = vitzoo.benchmark(_linear(), dtype=["float32", "int8"], **TINY)
+    assert [row["precision"] for row in found.rows] == ["float32", "int8"]
+    assert found.failed == []
+
+
 def test_interrupted_it_leaves_the_finished_rows(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     models = {"good": nn.Identity(), "stops": _Fails(KeyboardInterrupt(), largest=2)}
@@ -244,13 +260,21 @@ def test_settings_that_make_no_sense(kwargs: dict, message: str, tmp_path: Path)
 
 
 def test_peak_memory_of_known_tensors(fakes) -> None:
-    models = {"runs": fakes.Allocates(400), "holds": fakes.Allocates(100, weight_mib=200)}
+    models = {
+        "runs": fakes.Allocates(400),
+        "dies": fakes.DiesInAFork(),
+        "holds": fakes.Allocates(100, weight_mib=200),
+        "small": fakes.Allocates(40),
+    }
     found = vitzoo.benchmark(models, **{**TINY, "memory": True})
     assert found.failed == []
     assert found.rows[0]["peak_mem_of"] == "resident set"
     peaks = {row["label"]: row["peak_mem_mib"] for row in found.rows}
     assert peaks["runs"] == pytest.approx(400, rel=0.05)
     assert peaks["holds"] == pytest.approx(300, rel=0.05)
+    assert peaks["small"] == pytest.approx(40, rel=0.05)
+    assert peaks["dies"] is None
+    assert "killed" in found.rows[1]["peak_mem_error"]
 
 
 def test_each_in_a_process_of_its_own(fakes, monkeypatch) -> None:

@@ -105,6 +105,17 @@ def test_bench_warns_of_what_it_cannot_count(monkeypatch) -> None:
     assert "FLOPs not counted of mine::op" in result.stderr
 
 
+def test_bench_warns_of_a_file_that_gives_other_numbers(monkeypatch) -> None:
+    pytest.importorskip("onnxruntime")
+    from vitzoo.benchmark import subject
+
+    monkeypatch.setattr(subject, "difference_from_eager", lambda case, run: 0.25)
+    arguments = ["--kwargs", "dim=24", "-k", "num_heads=3", "--runtime", "onnxruntime"]
+    result = _run("bench", "layer:global", *arguments, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert "output is 0.25 from eager's" in result.stderr
+
+
 def test_bench_goes_on_after_a_model_that_fails() -> None:
     names = ["vim_tiny_patch16_224", "litv2_small"]
     result = _run("bench", *names, "-k", "depth=1", *QUICK, "--json")

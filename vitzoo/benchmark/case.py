@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ RUNTIMES = ("eager", "compiled", "onnxruntime", "openvino")
 FILE_RUNTIMES = ("onnxruntime", "openvino")  # what runs an ONNX file
 MODES = ("infer", "train")
 ATTENTIONS = ("default", "matrix")
+
+
+# runtime -> what makes the int8 form of a model in float32; empty until a quantized path is registered here
+QUANTIZERS: dict[str, Callable[[nn.Module], nn.Module]] = {}
 
 
 class Unsupported(ValueError):

@@ -18,7 +18,7 @@ from vitzoo.benchmark.runtimes import check, with_file
 from vitzoo.benchmark.statistics import ratio_of_medians
 from vitzoo.benchmark.subject import Subject, prepare
 from vitzoo.benchmark.timing import BLOCK_SECONDS, Progress, Timing, compare_blocks
-from vitzoo.benchmark.worker import Worker, WorkerError
+from vitzoo.benchmark.worker import Nursery, Worker, WorkerError
 
 # raw samples kept in a row: beyond this every second, third, ... round is
 MAX_SAMPLES = 1000
@@ -28,7 +28,9 @@ QUEUED_SECONDS = 0.05
 Size = tuple[int, int, int]
 
 
-def run_group(cases: list[Case], base: int, how: Measure, folder: Path, tell: Progress) -> list[Row]:
+def run_group(
+    cases: list[Case], base: int, how: Measure, folder: Path, nursery: Nursery, tell: Progress
+) -> list[Row]:
     """Measure cases side by side.
 
     Args:
@@ -36,12 +38,13 @@ def run_group(cases: list[Case], base: int, how: Measure, folder: Path, tell: Pr
         base: index of the case that ratios are to.
         how: how.
         folder: for exported files, which later groups use again.
+        nursery: where peak memory is measured.
         tell: told the present step and the share of the group that is done.
 
     Returns:
         One row a case, in order; a case that failed has "error" and "error_kind".
     """
-    group = _Group(cases, how, folder, tell)
+    group = _Group(cases, how, folder, nursery, tell)
     try:
         group.prepare()
         group.time()
@@ -55,8 +58,10 @@ def run_group(cases: list[Case], base: int, how: Measure, folder: Path, tell: Pr
 
 
 class _Group:
-    def __init__(self, cases: list[Case], how: Measure, folder: Path, tell: Progress) -> None:
-        self.cases, self.how, self.folder, self.tell = list(cases), how, folder, tell
+    def __init__(
+        self, cases: list[Case], how: Measure, folder: Path, nursery: Nursery, tell: Progress
+    ) -> None:
+        self.cases, self.how, self.folder, self.nursery, self.tell = list(cases), how, folder, nursery, tell
         self.names = [case.name for case in cases]
         self.rows = [settings_of(case) for case in cases]
         self.sizes: list[Size | None] = [None] * len(cases)
@@ -134,11 +139,7 @@ class _Group:
         subject = self.subjects[case.name]
         if isinstance(subject, Worker):
             return subject.peak_memory()
-        worker = Worker(replace(case, threads=case.threads or torch.get_num_threads()), size)
-        try:
-            return worker.peak_memory()
-        finally:
-            worker.close()
+        return self.nursery.peak_memory(replace(case, threads=case.threads or torch.get_num_threads()), size)
 
     def close(self) -> None:
         """Let the models go, and end their processes."""

@@ -36,6 +36,8 @@ def _status(field: str) -> int:
 def allocated(device: str) -> int:
     """Return the bytes that this process holds: resident on the CPU, given out by the allocator on CUDA.
 
+    Pages of files are left out: code of libraries is not the model's memory, and comes in as it is first used.
+
     Raises:
         MemoryUnknownError: the system does not say.
     """
@@ -45,7 +47,15 @@ def allocated(device: str) -> int:
     # what was freed but not given back would hide behind the next allocation
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    return _status("VmRSS")
+    return _status("VmRSS") - _file_pages()
+
+
+def _file_pages() -> int:
+    """Return the resident bytes that are pages of files: code of libraries, loaded as it is first used."""
+    try:
+        return _status("RssFile")
+    except MemoryUnknownError:
+        return 0
 
 
 def peak_of(work: Callable[[], Any], device: str) -> int:
@@ -65,4 +75,4 @@ def peak_of(work: Callable[[], Any], device: str) -> int:
     except OSError as error:
         raise MemoryUnknownError(f"{_CLEAR} cannot be written ({error.strerror})") from error
     work()
-    return max(before, _status("VmHWM"))
+    return max(before, _status("VmHWM") - _file_pages())

@@ -13,7 +13,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from timm.models import get_model_input_config
 from torch import nn
 
-from vitzoo.benchmark.case import Case, ImgSize, Unsupported
+from vitzoo.benchmark.case import QUANTIZERS, Case, ImgSize, Unsupported
 from vitzoo.benchmark.flops import count_flops
 from vitzoo.benchmark.layers import create_layer
 from vitzoo.benchmark.runtimes import file_facts
@@ -51,7 +51,8 @@ def build(case: Case) -> nn.Module:
             model = create_layer(case.model.removeprefix("layer:"), **case.kwargs)
         else:
             model = create_for(case.model, case.img_size, **case.kwargs)
-    model = model.eval().to(getattr(torch, case.dtype))
+    model = model.eval()
+    model = QUANTIZERS[case.runtime](model) if case.dtype == "int8" else model.to(getattr(torch, case.dtype))
     if case.memory_format == "channels_last":
         model = model.to(memory_format=torch.channels_last)
     return model

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vitzoo.benchmark.group import run_group
 from vitzoo.benchmark.machine import machine
 from vitzoo.benchmark.results import SCHEMA_VERSION, Recorder, Results, Row
 from vitzoo.benchmark.timing import Progress
+from vitzoo.benchmark.worker import Nursery
 
 
 def benchmark(
@@ -100,7 +102,7 @@ def benchmark(
     )
     groups = sweep(unique([*(replace(s, kwargs=kwargs or {}) for s in subjects), *baselines]), **axes)
     base = len(subjects) if baselines else 0
-    return run_groups([(group, base) for group in groups], how, output, force, progress)
+    return run_groups([Group(cases, base, how) for cases in groups], how, output, force, progress)
 
 
 def unique(subjects: list[Case]) -> list[Case]:
@@ -124,8 +126,27 @@ def header(how: Measure, **more: Any) -> Row:
     }
 
 
+@dataclass(frozen=True)
+class Group:
+    """Cases to be timed side by side.
+
+    Attributes:
+        cases: labels all different.
+        base: index of the one that ratios are to.
+        how: how they are measured.
+        comparison: what the rows say they belong to, if anything.
+        judge: called with the finished rows and the confidence, returns claim rows.
+    """
+
+    cases: list[Case]
+    base: int
+    how: Measure
+    comparison: str | None = None
+    judge: Callable[[Sequence[Row], float], list[Row]] | None = None
+
+
 def run_groups(
-    groups: Sequence[tuple[list[Case], int]],
+    groups: Sequence[Group],
     how: Measure,
     output: str | os.PathLike[str] | None = None,
     force: bool = False,
@@ -135,8 +156,8 @@ def run_groups(
     """Measure groups of cases one after another.
 
     Args:
-        groups: cases to be timed side by side, and the index of the one that ratios are to.
-        how: how.
+        groups: what to measure.
+        how: how, for the header.
         output: as for `benchmark`; so are `force` and `progress`.
         force: replace the output if it exists.
         progress: told the present step and the share of the whole that is done.
@@ -148,22 +169,28 @@ def run_groups(
     Raises:
         UnknownModelError, FileNotFoundError, ValueError, OSError: as `benchmark`.
     """
-    for group, _ in groups:
-        for case in group:
+    for group in groups:
+        for case in group.cases:
             case.check_model()
     tell = progress or (lambda step, done: None)
-    with Recorder(output, force) as recorder, tempfile.TemporaryDirectory(prefix="vitzoo-bench-") as scratch:
+    with contextlib.ExitStack() as stack:
+        recorder = stack.enter_context(Recorder(output, force))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="vitzoo-bench-"))
+        nursery = stack.enter_context(Nursery())
         results = Results(header(how, **more))
         recorder.write(results.header)
-        for index, (group, base) in enumerate(groups):
+        for index, group in enumerate(groups):
 
             def told(step: str, done: float, index: int = index) -> None:
                 tell(f"{index + 1}/{len(groups)} {step}", (index + done) / len(groups))
 
-            for row in run_group(group, base, how, Path(scratch), told):
-                row = {**_stamp(results.header), **row}
-                recorder.write(row)
-                results.rows.append(row)
+            rows = run_group(group.cases, group.base, group.how, Path(scratch), nursery, told)
+            claims = group.judge(rows, group.how.confidence) if group.judge else []
+            more_of_row = {"comparison": group.comparison} if group.comparison else {}
+            for found, into in ((rows, results.rows), (claims, results.claims)):
+                for row in found:
+                    into.append({**_stamp(results.header), **more_of_row, **row})
+                    recorder.write(into[-1])
     return results
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitzoo.benchmark.case import FILE_RUNTIMES, Case, Unsupported
+from vitzoo.benchmark.case import FILE_RUNTIMES, QUANTIZERS, Case, Unsupported
 
 Run = Callable[[Any], list[Any]]
 INSTALL = {"onnxruntime": "pip install 'vitzoo[onnx]'", "openvino": "pip install 'vitzoo[openvino]'"}
@@ -53,8 +53,10 @@ def check(case: Case) -> None:
         raise Unsupported(
             f"{case.model} is an ONNX file: runtime is {' or '.join(FILE_RUNTIMES)}, not {case.runtime}"
         )
-    if case.dtype == "int8":
-        raise Unsupported("int8 needs a quantized form of the model, and none is registered for this runtime")
+    if case.dtype == "int8" and case.runtime not in QUANTIZERS:
+        raise Unsupported(
+            f"int8 needs a quantized form of the model, and runtime {case.runtime} has none registered"
+        )
     require(case.runtime)
 
 

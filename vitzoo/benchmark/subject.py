@@ -46,7 +46,9 @@ def make_input(case: Case, size: tuple[int, int, int]) -> Tensor:
     """Return normally distributed images of a fixed seed, (B, C, H, W), in the case's type, layout and place."""
     x = torch.randn(case.batch_size, *size, generator=torch.Generator().manual_seed(0))
     layout = torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
-    return x.to(case.device, getattr(torch, case.dtype)).contiguous(memory_format=layout)
+    return x.to(
+        case.device, torch.float32 if case.dtype == "int8" else getattr(torch, case.dtype)
+    ).contiguous(memory_format=layout)
 
 
 def prepare(case: Case, size: tuple[int, int, int]) -> Subject:

@@ -86,3 +86,18 @@ def _number(value: float | None) -> str | None:
     if value is None:
         return None
     return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def claims_table(claims: Sequence[Row]) -> Any:
+    """Return a pandas.DataFrame: each claim, what was measured, on what, and the verdict."""
+    import pandas
+
+    cells = []
+    for claim in claims:
+        interval = "" if claim["low"] is None else f" ({claim['low']:.2f}-{claim['high']:.2f})"
+        measured = claim.get("reason") if claim["measured"] is None else f"{claim['measured']:.2f}{interval}"
+        size = "own" if claim["img_size"] is None else claim["img_size"]
+        on = f"batch {claim['requested_batch_size']}, {size} pixels, {claim['threads']} threads"
+        row = {"claim": claim["text"], "figure": claim["figure"], "claimed": f"{claim['expected']:.2f}"}
+        cells.append(row | {"measured": measured, "on": on, "verdict": claim["verdict"]})
+    return pandas.DataFrame(cells, dtype=object)

@@ -1,4 +1,4 @@
-"""A process of its own for one case: `python -m vitzoo.benchmark.worker`, spoken to by `Worker`.
+"""Processes of their own for cases: `python -m vitzoo.benchmark.worker`, spoken to by `Worker` and `Nursery`.
 
 Requests and answers are pickles over standard input and output. The child is ours, started by us: nothing from
 elsewhere is unpickled. Whatever the model prints goes to standard error.
@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO
 
@@ -28,11 +28,73 @@ Size = tuple[int, int, int]
 
 
 class WorkerError(RuntimeError):
-    """What went wrong in the child, in its words."""
+    """What went wrong in a child, in its words.
 
-    def __init__(self, kind: str, message: str) -> None:
+    Attributes:
+        kind: the class of the exception raised there.
+        alive: whether the process is still there.
+    """
+
+    def __init__(self, kind: str, message: str, alive: bool = True) -> None:
         super().__init__(message)
-        self.kind = kind  # the class of the exception raised there
+        self.kind, self.alive = kind, alive
+
+
+class _Child:
+    """A child process and what is said to it."""
+
+    def __init__(self) -> None:
+        paths = os.pathsep.join(path for path in sys.path if path)
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  (what it says on standard error, shown only if it dies)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vitzoo.benchmark.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+
+    def ask(self, request: str, *arguments: Any) -> Any:
+        """Return the answer to a request.
+
+        Raises:
+            WorkerError: it failed there, or the process died.
+        """
+        try:
+            pickle.dump((request, arguments), self._process.stdin)  # type: ignore[arg-type]
+            self._process.stdin.flush()  # type: ignore[union-attr]
+            good, answer = pickle.load(self._process.stdout)  # type: ignore[arg-type]
+        except (EOFError, OSError) as error:
+            self._said.seek(0)
+            said = self._said.read().decode(errors="replace").strip().splitlines()
+            raise WorkerError(*_death(self._process.wait(), said[-1:])) from error
+        if not good:
+            raise WorkerError(*answer)
+        return answer
+
+    def prepare(self, case: Case, size: Size) -> dict[str, Any]:
+        """Have it build a case; returns the facts of `Subject`."""
+        return self.ask("prepare", replace(case, module=None, kwargs=dict(case.kwargs)), _packed(case), size)
+
+    def close(self) -> None:
+        """End the process: the end of its requests is the end of its loop."""
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._said.close()
+
+
+def _death(code: int, said: Sequence[str] = ()) -> tuple[str, str, bool]:
+    """Return kind and message of the error that a process died of, and that it is dead."""
+    if code == -signal.SIGKILL:
+        why = "it was killed, as the system does when memory runs out"
+        return "MemoryError", f"the process died: {why}", False
+    return "WorkerError", ", ".join([f"the process died: exit code {code}", *said]), False
 
 
 class Worker:
@@ -47,68 +109,61 @@ class Worker:
     """
 
     def __init__(self, case: Case, size: Size) -> None:
-        paths = os.pathsep.join(path for path in sys.path if path)
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  (what it says on standard error, shown only if it dies)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "vitzoo.benchmark.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
+        self._child = _Child()
         try:
-            self.facts: dict[str, Any] = self._ask(
-                "prepare", replace(case, module=None, kwargs=dict(case.kwargs)), _packed(case), size
-            )
+            self.facts = self._child.prepare(case, size)
         except BaseException:
             self.close()
             raise
 
     def block(self, calls: int) -> float:
         """Make calls in a row and return the mean seconds of one."""
-        return self._ask("block", calls)
+        return self._child.ask("block", calls)
 
     def peak_memory(self) -> float:
         """Return the most MiB that the process held during a call, above what it held before the model was built."""
-        return self._ask("peak_memory")
+        return self._child.ask("peak_memory")
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()  # the end of its requests is the end of its loop
-        with contextlib.suppress(OSError):
-            self._process.stdout.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._said.close()
+        self._child.close()
 
-    def _ask(self, request: str, *arguments: Any) -> Any:
-        try:
-            pickle.dump((request, arguments), self._process.stdin)  # type: ignore[arg-type]
-            self._process.stdin.flush()  # type: ignore[union-attr]
-            good, answer = pickle.load(self._process.stdout)  # type: ignore[arg-type]
-        except (EOFError, OSError) as error:
-            code = self._process.wait()
-            killed = code == -signal.SIGKILL
-            why = (
-                "it was killed, as the system does when memory runs out" if killed else self._last_words(code)
-            )
-            raise WorkerError(
-                "MemoryError" if killed else "WorkerError", f"the process died: {why}"
-            ) from error
-        if not good:
-            raise WorkerError(*answer)
-        return answer
 
-    def _last_words(self, code: int) -> str:
-        self._said.seek(0)
-        lines = self._said.read().decode(errors="replace").strip().splitlines()
-        return f"exit code {code}" + (f", {lines[-1]}" if lines else "")
+class Nursery:
+    """Measures the peak memory of cases, each in a fresh process.
+
+    The processes are forks of one child that has imported everything and run nothing, so that only the first takes
+    seconds to start. A context manager; the child starts with the first case.
+    """
+
+    def __init__(self) -> None:
+        self._child: _Child | None = None
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._child is not None:
+            self._child.close()
+
+    def peak_memory(self, case: Case, size: Size) -> float:
+        """Return the most MiB that a process holds during a call of the case, above what it held before.
+
+        Raises:
+            WorkerError: building or running the case failed, the process died, or the system does not say.
+        """
+        child = self._child = self._child or _Child()
+        child.ask("fork")
+        alive = True
+        try:
+            child.prepare(case, size)
+            return child.ask("peak_memory")
+        except WorkerError as error:
+            alive = error.alive
+            raise
+        finally:
+            if alive:
+                child.ask("end")
 
 
 def _packed(case: Case) -> bytes:
@@ -179,18 +234,39 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         "prepare": held.prepare,
         "block": held.block,
         "peak_memory": held.peak_memory,
+        "fork": lambda: None,
+        "end": lambda: None,
     }
     while True:
         try:
             request, arguments = pickle.load(requests)
         except EOFError:
             return
+        if request == "fork" and not _forked(answers):
+            continue
         try:
             answer = (True, known[request](*arguments))
         except Exception as error:
             answer = (False, (type(error).__name__, str(error)))
-        pickle.dump(answer, answers)
-        answers.flush()
+        _send(answer, answers)
+        if request == "end":
+            os._exit(0)
+
+
+def _send(answer: tuple[bool, Any], answers: BinaryIO) -> None:
+    pickle.dump(answer, answers)
+    answers.flush()
+
+
+def _forked(answers: BinaryIO) -> bool:
+    """Return True in a fork, which answers from now on, and False here when it has ended."""
+    child = os.fork()
+    if child == 0:
+        return True
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        _send((False, _death(code)), answers)
+    return False
 
 
 def main() -> None:

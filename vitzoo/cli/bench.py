@@ -43,8 +43,14 @@ def _numbers(text: str | None, option: str) -> list[Any]:
         ) from error
 
 
+_FAR_FROM_EAGER = 1e-2
+# options that a suite's file does not settle
+_WITH_SUITE = ("suite", "quick", "output", "csv", "force", "json")
+
+
 @app.command(epilog=_EXAMPLES)
 def bench(
+    context: typer.Context,
     models: Annotated[
         list[str] | None, typer.Argument(help="Models, measured side by side in interleaved rounds.")
     ] = None,
@@ -86,36 +92,57 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure throughput, latency and memory of models side by side, over sweeps of settings."""
-    if bool(models) == (suite is not None):
-        raise typer.BadParameter("name models or a --suite, one of the two", param_hint="MODELS")
+    _check_choice(context, bool(models), suite, quick)
     arguments = parse_arguments(kwargs)
     sizes: list[Any] = [parse_img_size(part) for part in _list(img_size)] if img_size is not None else [None]
     with explained(), progress_bar() as tell:
         import vitzoo
+        from vitzoo.benchmark.suite import run_suite
 
         _check_csv(csv, force)
-        results = vitzoo.benchmark(
-            models or [],
-            batch_size=_numbers(batch_size, "--batch-size"),
-            img_size=sizes,
-            threads=_numbers(threads, "--threads"),
-            dtype=_list(dtype),
-            memory_format=_list(memory_format),
-            runtime=_list(runtime),
-            mode=_list(mode),
-            attention=_list(attention),
-            device=device,
-            kwargs=arguments,
-            against=against or [],
-            seconds=seconds,
-            min_rounds=min_rounds,
-            memory=memory,
-            isolate=isolate,
-            output=output,
-            force=force,
-            progress=tell,
-        )
+        if suite is not None:
+            results = run_suite(suite, quick, output, force, tell)
+        else:
+            results = vitzoo.benchmark(
+                models or [],
+                batch_size=_numbers(batch_size, "--batch-size"),
+                img_size=sizes,
+                threads=_numbers(threads, "--threads"),
+                dtype=_list(dtype),
+                memory_format=_list(memory_format),
+                runtime=_list(runtime),
+                mode=_list(mode),
+                attention=_list(attention),
+                device=device,
+                kwargs=arguments,
+                against=against or [],
+                seconds=seconds,
+                min_rounds=min_rounds,
+                memory=memory,
+                isolate=isolate,
+                output=output,
+                force=force,
+                progress=tell,
+            )
     _finish(results, csv, json)
+
+
+def _check_choice(context: typer.Context, models: bool, suite: str | None, quick: bool) -> None:
+    """Refuse what would be ignored: models or settings beside a suite, which has its own, or --quick without one."""
+    if models == (suite is not None):
+        raise typer.BadParameter("name models or a --suite, one of the two", param_hint="MODELS")
+    if quick and suite is None:
+        raise typer.BadParameter("is a form of a --suite", param_hint="--quick")
+    if suite is not None:
+        given = [name for name in context.params if _given(context, name) and name not in _WITH_SUITE]
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise typer.BadParameter(f"a suite settles {names} in its file", param_hint="--suite")
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _check_csv(csv: Path | None, force: bool) -> None:
@@ -143,18 +170,31 @@ def _finish(results: Any, csv: Path | None, json: bool) -> None:
         if row.get("uncounted_ops"):
             names = ", ".join(row["uncounted_ops"])
             stderr.print(f"warning: {row['label']}: FLOPs not counted of {names}", markup=False)
+        if (difference := row.get("difference_from_eager") or 0.0) > _FAR_FROM_EAGER:
+            stderr.print(
+                f"warning: {row['label']}: its file's output is {difference:.2g} from eager's", markup=False
+            )
+        if "peak_mem_error" in row:
+            stderr.print(f"warning: {row['label']}: peak memory: {row['peak_mem_error']}", markup=False)
     if results.failed:
         raise typer.Exit(1)
 
 
 def _print_results(results: Any) -> None:
-    from vitzoo.benchmark.view import table
+    from vitzoo.benchmark.view import claims_table, table
 
-    title, frame = table(results.rows)
     cpu = results.header["machine"]["cpu"]
-    print_table(
-        f"{title}, {cpu['model']} ({cpu['torch_capability']})", list(frame.columns), frame.values.tolist()
-    )
+    where = f"{cpu['model']} ({cpu['torch_capability']})"
+    parts: dict[str, list[Any]] = {}
+    for row in results.rows:
+        parts.setdefault(row.get("comparison", ""), []).append(row)
+    for name, rows in parts.items():
+        title, frame = table(rows)
+        title = ", ".join(part for part in (name, title, where) if part)
+        print_table(title, list(frame.columns), frame.values.tolist())
+    if results.claims:
+        frame = claims_table(results.claims)
+        print_table(f"claims, as measured on {where}", list(frame.columns), frame.values.tolist())
 
 
 @app.command(epilog="Example: `vitzoo compare before.jsonl after.jsonl`")
