@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitzoo.kernels.bidirectional_selective_scan import cpu
 from vitzoo.kernels.bidirectional_selective_scan.flops import (
     bidirectional_selective_scan_bwd_flops,
     bidirectional_selective_scan_flops,
@@ -40,6 +41,7 @@ OPERATOR = Operator(
     "bidirectional_selective_scan",
     backends=(
         Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",
             {"forward": bidirectional_selective_scan_reference, "backward": _reference_bwd},

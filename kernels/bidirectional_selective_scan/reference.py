@@ -27,6 +27,45 @@ def gated(y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (y if z is None else y * F.silu(z.to(y.dtype))).to(dtype)
 
 
+def two_scans(
+    u: Tensor,
+    z: Tensor | None,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_b: Tensor,
+    A_b: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D_b: Tensor | None,
+    delta_bias_b: Tensor | None,
+    u_b: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> Tensor:
+    """Return (scan(u) + flip(scan(flip(u_b)))) silu(z), the scans by the public operator."""
+    wide = u.to(compute_dtype(u))
+    wide_b = (u if u_b is None else u_b).to(wide.dtype).flip(-1)
+    ahead = cast(Tensor, selective_scan(wide, delta, A, B, C, D, None, delta_bias, delta_softplus))
+    back = cast(
+        Tensor,
+        selective_scan(
+            wide_b,
+            delta_b.flip(-1),
+            A_b,
+            flipped(B_b),
+            flipped(C_b),
+            D_b,
+            None,
+            delta_bias_b,
+            delta_softplus,
+        ),
+    )
+    return gated(ahead + back.flip(-1), z, u.dtype)
+
+
 def bidirectional_selective_scan_reference(
     u: Tensor,
     z: Tensor | None,
@@ -45,23 +84,23 @@ def bidirectional_selective_scan_reference(
     u_b: Tensor | None = None,
     delta_softplus: bool = False,
 ) -> Tensor:
-    """Return (scan(u) + flip(scan(flip(u_b)))) silu(z); see `vitzoo.kernels.bidirectional_selective_scan`."""
-    wide = u.to(compute_dtype(u))
-    wide_b = (u if u_b is None else u_b).to(wide.dtype).flip(-1)
+    """Return the gated sum (B, D, L); see `vitzoo.kernels.bidirectional_selective_scan` for shapes."""
     with use_backend("reference"):
-        ahead = cast(Tensor, selective_scan(wide, delta, A, B, C, D, None, delta_bias, delta_softplus))
-        back = cast(
-            Tensor,
-            selective_scan(
-                wide_b,
-                delta_b.flip(-1),
-                A_b,
-                flipped(B_b),
-                flipped(C_b),
-                D_b,
-                None,
-                delta_bias_b,
-                delta_softplus,
-            ),
+        return two_scans(
+            u,
+            z,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            delta_bias,
+            delta_b,
+            A_b,
+            B_b,
+            C_b,
+            D_b,
+            delta_bias_b,
+            u_b,
+            delta_softplus,
         )
-    return gated(ahead + back.flip(-1), z, u.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import backward_by_autograd, exporting, register
 from vitzoo.kernels.common.triton_support import why_not as triton_why_not
+from vitzoo.kernels.cross_selective_scan import cpu
 from vitzoo.kernels.cross_selective_scan.flops import (
     cross_selective_scan_bwd_flops,
     cross_selective_scan_flops,
@@ -40,6 +41,7 @@ OPERATOR = Operator(
     "cross_selective_scan",
     backends=(
         Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",
             {"forward": cross_selective_scan_reference, "backward": _reference_bwd},

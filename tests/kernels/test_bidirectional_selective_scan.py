@@ -83,6 +83,18 @@ def test_backends_are_as_close_as_the_reference(shape: Shape, dtype: torch.dtype
     assert_backend_close(bidirectional_selective_scan, make_inputs(shape, dtype), backend, use_backend)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(
+    "forms", [(0, 2), (-1, 0), (2, -1)], ids=["shared_groups", "constant_shared", "groups_constant"]
+)
+def test_b_and_c_in_different_forms(forms: tuple[int, int], backend: str) -> None:
+    device = DEVICE if backend == "triton" else "cpu"
+    inputs = make_inputs(Shape(2, 6, 5, 3, groups=forms[0]), device=device)
+    others = make_inputs(Shape(2, 6, 5, 3, groups=forms[1]), device=device)
+    inputs |= {name: others[name] for name in ("C", "C_b")}
+    assert_backend_close(bidirectional_selective_scan, inputs, backend, use_backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_inputs(backend: str) -> None:
     inputs = make_inputs(SHAPES["odd"])
