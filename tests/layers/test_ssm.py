@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,18 +95,20 @@ def test_initial_steps_and_rates_are_mambas() -> None:
 def test_scan_keeps_float32_rates_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     from vitzoo.layers import ssm
 
-    seen = {}
+    seen: dict[str, Any] = {}
 
-    def spy(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **kwargs) -> Tensor:
-        seen.update(u=u.dtype, A=A, D=D.dtype, bias=kwargs["delta_bias"].dtype)
+    def spy(u: Tensor, z: Tensor, *scans: Tensor, **kwargs: Any) -> Tensor:
+        seen.update(u=u, scans=scans)
         return u
 
-    monkeypatch.setattr(ssm, "selective_scan", spy)
+    monkeypatch.setattr(ssm, "bidirectional_selective_scan", spy)
     mixer = _mixer().to(torch.bfloat16)
     mixer(torch.randn(1, 4, 24, dtype=torch.bfloat16))
-    assert (seen["u"], seen["D"], seen["bias"]) == (torch.bfloat16, torch.float32, torch.float32)
-    expected = -torch.cat((mixer.A_log, mixer.A_b_log)).float().exp()
-    assert torch.equal(seen["A"], expected)
+    assert seen["u"].dtype == torch.bfloat16
+    for first, log in ((0, mixer.A_log), (6, mixer.A_b_log)):
+        _, A, _, _, D, bias = seen["scans"][first : first + 6]
+        assert torch.equal(A, -log.float().exp())
+        assert D.dtype == bias.dtype == torch.float32
 
 
 def test_rms_norm_reads_a_float32_residual_in_a_bfloat16_model() -> None:

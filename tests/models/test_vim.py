@@ -284,7 +284,7 @@ def test_fx_trace_keeps_checks_and_scans_whole(dynamic: bool) -> None:
     nodes = ["layers.1.mixer.out_proj", "head"]
     traced = create_feature_extractor(model, nodes)
     names = [n.target.__name__ for n in traced.graph.nodes if n.op == "call_function"]
-    assert names.count("selective_scan") == 3
+    assert names.count("bidirectional_selective_scan") == 3
     assert names.count("check_input") == 1
     x = image((2, 3, 64, 64))
     with torch.no_grad():

@@ -14,21 +14,24 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitzoo.kernels.bidirectional_selective_scan import bidirectional_selective_scan
 from vitzoo.kernels.causal_conv1d import causal_conv1d
-from vitzoo.kernels.selective_scan import selective_scan
 from vitzoo.layers.norm import at_least_float32
 
 # they check shapes and choose a backend: FX keeps the calls whole
 register_notrace_function(causal_conv1d)
-register_notrace_function(selective_scan)
+register_notrace_function(bidirectional_selective_scan)
+
+_Scan = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class BidirectionalMamba(nn.Module):
     """Mamba's mixer run over the tokens from both ends, the mean of the two taken (Vim's block, "v2").
 
     The two directions share the input projection, the gate and the output projection, and have their own
-    convolution, step, A, B, C and D. Both are one call of the scan, as two groups of channels. The published
-    code gates each direction's result; the gate is the same for both, so here it multiplies their sum.
+    convolution, step, A, B, C and D. Everything stays in the order of the tokens: the second direction's
+    convolution looks ahead, and one call scans from both ends. The published code flips the tokens instead and
+    gates each direction's result; the gate is the same for both, so here it multiplies their sum.
 
     Args:
         dim: channels C of the tokens.
@@ -88,13 +91,6 @@ class BidirectionalMamba(nn.Module):
             step = torch.exp(low + (high - low) * uniform).clamp(min=self.dt_floor)
             proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus(bias) = step
 
-    def _convolved(self, x: Tensor, conv: nn.Conv1d, reverse: bool = False) -> Tensor:
-        """Return silu(conv(x)) of tokens (B, L, D), in their order, which lie in memory as those of x do."""
-        out = causal_conv1d(
-            x.transpose(1, 2), conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse
-        )
-        return cast(Tensor, out).transpose(1, 2)
-
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens.
 
@@ -104,25 +100,35 @@ class BidirectionalMamba(nn.Module):
         Returns:
             (B, L, C).
         """
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, D) each
-        ahead = self._convolved(x, self.conv1d)
-        back = self._convolved(x, self.conv1d_b, reverse=True).flip(1)
-        u = torch.cat((ahead, back), dim=-1)  # (B, L, 2D), the second half running backwards
-        params = torch.stack((self.x_proj(ahead), self.x_proj_b(back)), dim=1)  # (B, 2, L, R + 2N)
-        dt, b, c = params.split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (B, D, L) each
+        u, ahead = self._direction(x, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        u_b, back = self._direction(
+            x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True
+        )
+        y = bidirectional_selective_scan(u, z, *ahead, *back, u_b, delta_softplus=True)
+        return 0.5 * self.out_proj(y.transpose(1, 2))  # halving after the projection halves fewer numbers
+
+    def _direction(
+        self,
+        x: Tensor,
+        conv: nn.Conv1d,
+        x_proj: nn.Linear,
+        dt_proj: nn.Linear,
+        log: Tensor,
+        skip: Tensor,
+        reverse: bool = False,
+    ) -> tuple[Tensor, _Scan]:
+        """Return a direction's input u (B, D, L), lying in memory as x does, and its delta, A, B, C, D and bias."""
+        out = causal_conv1d(x, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse)
+        u = cast(Tensor, out)
+        dt, b, c = x_proj(u.transpose(1, 2)).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         # the scan adds the bias, in float32: in bfloat16 the sum would lose most of what depends on the token
-        delta = torch.cat(
-            (F.linear(dt[:, 0], self.dt_proj.weight), F.linear(dt[:, 1], self.dt_proj_b.weight)), dim=-1
-        )
-        y = selective_scan(
-            u.transpose(1, 2),
+        delta = F.linear(dt, dt_proj.weight)
+        return u, (
             delta.transpose(1, 2),
-            -at_least_float32(torch.cat((self.A_log, self.A_b_log))).exp(),
-            b.transpose(2, 3),
-            c.transpose(2, 3),
-            at_least_float32(torch.cat((self.D, self.D_b))),
-            delta_bias=at_least_float32(torch.cat((self.dt_proj.bias, self.dt_proj_b.bias))),
-            delta_softplus=True,
+            -at_least_float32(log).exp(),
+            b.transpose(1, 2),
+            c.transpose(1, 2),
+            at_least_float32(skip),
+            at_least_float32(dt_proj.bias),
         )
-        ahead, back = cast(Tensor, y).chunk(2, dim=1)  # (B, D, L)
-        return self.out_proj((ahead + back.flip(-1)).transpose(1, 2) * (0.5 * F.silu(z)))
