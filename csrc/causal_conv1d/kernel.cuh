@@ -61,6 +61,15 @@ VITZOO_DEVICE void load_window(const CausalConv1dCudaArgs& k, const Place& p, in
   for (int i = 0; i < kConvMaxWidth; ++i) window[i] = i < k.width ? sample(k, p, s - k.width + 1 + i) : 0.0f;
 }
 
+// The W - 1 samples before a block's first output, where `slide` expects them.
+VITZOO_DEVICE void load_before(const CausalConv1dCudaArgs& k, const Place& p,
+                               float (&window)[kConvMaxWidth]) {
+  window[0] = 0.0f;
+#pragma unroll
+  for (int i = 1; i < kConvMaxWidth; ++i)
+    window[i] = i < k.width ? sample(k, p, p.start - k.width + i) : 0.0f;
+}
+
 VITZOO_DEVICE float convolve(const CausalConv1dCudaArgs& k, const Taps& taps,
                              const float (&window)[kConvMaxWidth]) {
   float y = taps.bias;
@@ -129,14 +138,14 @@ VITZOO_DEVICE void slide(const CausalConv1dCudaArgs& k, float (&window)[kConvMax
 }  // namespace conv
 
 struct CausalConv1dRows {
-  static constexpr int kMaxThreads = kConvMaxThreads;
+  static constexpr int kMaxThreads = kConvMaxThreads, kMinBlocks = 6;
 
   template <class Exec>
   VITZOO_DEVICE static void run(Exec& exec, const CausalConv1dCudaArgs& k) {
     using namespace conv;
     const Place p = place_in_row(k, exec.block());
     const Taps taps(k, p.channel);
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t s = p.start + exec.thread(); s < p.end; s += exec.threads()) {
       float window[kConvMaxWidth];
       load_window(k, p, s, window);
@@ -147,7 +156,7 @@ struct CausalConv1dRows {
 };
 
 struct CausalConv1dColumns {
-  static constexpr int kMaxThreads = kConvMaxThreads;
+  static constexpr int kMaxThreads = kConvMaxThreads, kMinBlocks = 6;
 
   template <class Exec>
   VITZOO_DEVICE static void run(Exec& exec, const CausalConv1dCudaArgs& k) {
@@ -156,7 +165,7 @@ struct CausalConv1dColumns {
     if (p.channel >= k.dim) return;
     const Taps taps(k, p.channel);
     float window[kConvMaxWidth];
-    load_window(k, p, p.start - 1, window);
+    load_before(k, p, window);
 #pragma unroll 4
     for (int64_t s = p.start; s < p.end; ++s) {
       slide(k, window, sample(k, p, s));
@@ -168,7 +177,7 @@ struct CausalConv1dColumns {
 };
 
 struct CausalConv1dRowsBackward {
-  static constexpr int kMaxThreads = kConvMaxThreads;
+  static constexpr int kMaxThreads = kConvMaxThreads, kMinBlocks = 6;
 
   template <class Exec>
   VITZOO_DEVICE static void run(Exec& exec, const CausalConv1dCudaArgs& k) {
@@ -221,7 +230,7 @@ struct CausalConv1dRowsBackward {
 };
 
 struct CausalConv1dColumnsBackward {
-  static constexpr int kMaxThreads = kConvMaxThreads;
+  static constexpr int kMaxThreads = kConvMaxThreads, kMinBlocks = 6;
 
   template <class Exec>
   VITZOO_DEVICE static void run(Exec& exec, const CausalConv1dCudaArgs& k) {
@@ -229,9 +238,10 @@ struct CausalConv1dColumnsBackward {
     const Place p = place_in_column(exec, k);
     if (p.channel >= k.dim) return;
     const Taps taps(k, p.channel);
-    float window[kConvMaxWidth], dy[kConvMaxWidth] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float window[kConvMaxWidth];
+    float dy[kConvMaxWidth] = {0.0f, 0.0f, 0.0f, 0.0f};  // of outputs s, s - 1, ...
     float sums[kConvMaxWidth + 1] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-    load_window(k, p, p.start - 1, window);
+    load_before(k, p, window);
     const int64_t first = p.segment == 0 ? 1 - k.width : p.start;
 #pragma unroll 2
     for (int64_t s = p.start; s < p.end + k.width - 1; ++s) {
@@ -246,13 +256,15 @@ struct CausalConv1dColumnsBackward {
           sums[kConvMaxWidth] += g;
         }
       }
-      slide(k, dy, g);  // of outputs s - W + 1 to s
+#pragma unroll
+      for (int i = kConvMaxWidth - 1; i > 0; --i) dy[i] = dy[i - 1];
+      dy[0] = g;
       const int64_t done = s - k.width + 1;
       if (done < first) continue;
       float dx = 0.0f;
 #pragma unroll
       for (int i = 0; i < kConvMaxWidth; ++i)
-        if (i < k.width) dx += taps.weight[i] * dy[k.width - 1 - i];
+        if (i < k.width) dx += taps.weight[i] * dy[i];
       store_gradient(k, p, done, dx);
     }
     const int64_t part = (p.image * k.segments + p.segment) * k.dim + p.channel;

@@ -1,7 +1,6 @@
-// The layer under every CUDA kernel: thread, block, barrier, shared memory, warp shuffle. A kernel is a
-// struct
-//   struct K { static constexpr int kMaxThreads = ...;
-//              template <class Exec> VITZOO_DEVICE static void run(Exec& exec, const Args& args); };
+// The layer under every CUDA kernel: thread, block, barrier, shared memory, warp shuffle. A kernel has
+//   kMaxThreads, kMinBlocks: threads that a block may have, blocks that registers must leave room for
+//   template <class Exec> VITZOO_DEVICE static void run(Exec& exec, const Args& args)
 // nvcc compiles it over DeviceExec below, the C++ compiler over HostExec (exec_host.h), which runs the
 // threads of a block as fibers on the CPU. The tests hold the host form of the very same body to the
 // reference.
@@ -60,7 +59,8 @@ struct DeviceExec {
 };
 
 template <class Kernel, class Args>
-__global__ void __launch_bounds__(Kernel::kMaxThreads) kernel_entry(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(Kernel::kMaxThreads, Kernel::kMinBlocks)
+    kernel_entry(const __grid_constant__ Args args) {
   extern __shared__ float4 vitzoo_shared[];
   DeviceExec exec{vitzoo_shared};
   Kernel::run(exec, args);

@@ -25,7 +25,7 @@ enum ExecCheck : int64_t {
 };
 
 struct ExecCheckKernel {
-  static constexpr int kMaxThreads = 1024;
+  static constexpr int kMaxThreads = 1024, kMinBlocks = 1;
 
   template <class Exec>
   VITZOO_DEVICE static void run(Exec& exec, const ExecCheckArgs& k) {

@@ -123,7 +123,7 @@ VITZOO_DEVICE void forward_chunk(Exec& exec, const SelectiveScanCudaArgs& k, con
 
 template <int K>
 struct SelectiveScanForward {
-  static constexpr int kMaxThreads = kScanMaxThreads;
+  static constexpr int kMaxThreads = kScanMaxThreads, kMinBlocks = 4;
 
   template <class Exec>
   VITZOO_DEVICE static void run(Exec& exec, const SelectiveScanCudaArgs& k) {

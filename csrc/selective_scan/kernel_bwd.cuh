@@ -235,7 +235,7 @@ VITZOO_DEVICE void write_sums(Exec& exec, const SelectiveScanCudaArgs& k, const 
 
 template <int K>
 struct SelectiveScanBackward {
-  static constexpr int kMaxThreads = kScanMaxThreads;
+  static constexpr int kMaxThreads = kScanMaxThreads, kMinBlocks = K == 4 ? 4 : 3;
 
   template <class Exec>
   VITZOO_DEVICE static void run(Exec& exec, const SelectiveScanCudaArgs& k) {

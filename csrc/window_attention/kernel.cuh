@@ -126,7 +126,7 @@ VITZOO_DEVICE void products(Exec& exec, const WindowAttentionCudaArgs& k, const 
     const int token = exec.lane() + n * kWarp;
     tokens[n] = matrix + (token < k.area ? token : k.area - 1) * row_length(k);
   }
-#pragma unroll 4
+#pragma unroll 2
   for (int c = 0; c < k.head_dim; ++c) {
     const Quad row = rows[c];
 #pragma unroll
@@ -198,7 +198,7 @@ VITZOO_DEVICE void exponentiate(Exec& exec, float (&row)[NK], float& most, float
 // NK: keys a lane takes, so windows of up to 32 NK tokens.
 template <int NK>
 struct WindowAttentionForward {
-  static constexpr int kMaxThreads = kAttentionMaxThreads;
+  static constexpr int kMaxThreads = kAttentionMaxThreads, kMinBlocks = NK <= 2 ? 7 : 4;
   static constexpr int kMatrices = 2, kNumbers = 0;
 
   template <class Exec>

@@ -13,7 +13,7 @@ namespace vitzoo {
 
 template <int NK>
 struct WindowAttentionBackward {
-  static constexpr int kMaxThreads = kAttentionMaxThreads;
+  static constexpr int kMaxThreads = kAttentionMaxThreads, kMinBlocks = NK <= 2 ? 4 : 2;
   static constexpr int kMatrices = 4;  // q, k, v, dout
   static constexpr int kNumbers = 3;   // maximum, 1 / sum, delta
   static constexpr int kPadRows = 3;   // sums of dq, dk, dv of padded tokens, per warp
