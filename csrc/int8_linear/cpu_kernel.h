@@ -62,8 +62,9 @@ VITZOO_INLINE I dot(I sum, I x, I weight) {
 // Codes
 // ---------------------------------------------------------------------------------------------------------
 
-VITZOO_INLINE I rounded(F x) {  // to nearest, ties to even; |x| below 2^22
-  return (I)(x + Simd<float>::magic) - (I)broadcast<float>(Simd<float>::magic);
+VITZOO_INLINE I rounded(F x) {          // to nearest, ties to even; |x| below 2^22
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the whole number in the low bits
+  return (I)(x + magic) - (I)broadcast<float>(magic);
 }
 
 // round(x / scale) between low and high; 0 where x / scale is not a number.
