@@ -10,12 +10,28 @@ from torch import Tensor
 
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import exporting, register
+from vitzoo.kernels.common.triton_support import why_not as triton_why_not
 from vitzoo.kernels.int8_linear import cpu
 from vitzoo.kernels.int8_linear.reference import ACTIVATIONS, code_range, int8_linear_reference, out_dtype
+
+
+def _triton(name: str) -> Any:
+    def run(*args: Any) -> Any:
+        from vitzoo.kernels.int8_linear import triton_impl
+
+        return getattr(triton_impl, name)(*args)
+
+    return run
+
+
+def _triton_why_not(x: Tensor | None = None, *args: Any) -> str | None:
+    return triton_why_not(x)
+
 
 OPERATOR = Operator(
     "int8_linear",
     backends=(
+        Backend("triton", {"forward": _triton("forward")}, _triton_why_not),
         Backend("cpu", {"forward": cpu.forward}, cpu.why_not),
         Backend("reference", {"forward": int8_linear_reference}, lambda *args: None),
     ),

@@ -17,13 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from vitzoo.kernels.common import native
+from vitzoo.kernels.common import native, triton_support
 from vitzoo.kernels.common.backends import operators, use_backend
 from vitzoo.kernels.int8_linear import int8_linear
 from vitzoo.kernels.int8_linear.inputs import SHAPES, Shape, make_inputs
 from vitzoo.testing import image
 
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
+needs_triton = pytest.mark.skipif(
+    triton_support.why_not() is not None, reason=f"no Triton: {triton_support.why_not()}"
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -76,6 +80,38 @@ def test_cpu_gives_the_bits_of_the_reference(shape: Shape, dtype: torch.dtype) -
         out = int8_linear(**inputs)
     assert out.dtype == expected.dtype
     assert torch.equal(out, expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_triton_gives_the_bits_of_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    inputs = make_inputs(shape, dtype, DEVICE)
+    with use_backend("reference"):
+        expected = int8_linear(**inputs)
+    with use_backend("triton"):
+        out = int8_linear(**inputs)
+    assert out.dtype == expected.dtype
+    if out.dtype == torch.bfloat16 and triton_support.interpreting():
+        # the interpreter cuts float32 off to bfloat16 where a GPU rounds it
+        below = expected.view(torch.int16).int() - out.view(torch.int16).int()
+        assert ((below == 0) | (below == 1)).all()
+    else:
+        assert torch.equal(out, expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("out_scale", [None, 0.03], ids=["float", "codes"])
+def test_triton_gelu(out_scale: float | None) -> None:
+    inputs = make_inputs(Shape(21, 40, 33, activation="gelu"), device=DEVICE) | {"out_scale": out_scale}
+    with use_backend("reference"):
+        expected = int8_linear(**inputs)
+    with use_backend("triton"):
+        out = int8_linear(**inputs)
+    if out_scale is None:
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    else:
+        assert (out.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -397,7 +433,7 @@ def test_eight_threads_at_once() -> None:
 
 _FORCED = """
 import hashlib, torch
-from vitzoo.kernels.common import native
+from vitzoo.kernels.common import native, triton_support
 from vitzoo.kernels.int8_linear import int8_linear
 from vitzoo.kernels.int8_linear.inputs import SHAPES, make_inputs
 digest = hashlib.sha256()

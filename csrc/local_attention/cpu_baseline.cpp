@@ -1,0 +1,12 @@
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu_args.h"
+
+// clang-format off: the order matters
+#include "cpu_kernel.h"
+// clang-format on
+
+namespace vitzoo {
+const LocalAttentionKernels local_attention_baseline = kKernels;
+}
