@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.models import get_model_input_config
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from vitzoo._version import __version__
 from vitzoo.export.check import DISCONTINUOUS, largest_difference
 from vitzoo.export.files import publish, scratch_folder
+from vitzoo.layers.attention import PlainAttention
 
 OPSETS = (18, 23)
 TOLERANCE = 1e-4
@@ -209,39 +208,6 @@ def _output_names(model: nn.Module, count: int) -> list[str]:
 
 def _weight_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-
-
-class PlainAttention(TorchFunctionMode):
-    """Spells scaled_dot_product_attention out as matmuls and a softmax.
-
-    The exporter knows the fused call for 4-D tensors only; timm's windowed attention has five axes. Inputs
-    may have any number of leading axes: q (..., L, head_dim), k and v (..., S, head_dim).
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and not kwargs.get("enable_gqa"):
-            return _plain_attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Compute attention as the documentation of torch's fused call defines it, without dropout."""
-    attn = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
-    if is_causal:
-        attn_mask = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
-    if attn_mask is not None:
-        attn = attn.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else attn + attn_mask
-    return attn.softmax(-1) @ value
 
 
 def _translate(model: nn.Module, x: Tensor, names: list[str], opset: int) -> Any:

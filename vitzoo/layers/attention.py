@@ -11,6 +11,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from vitzoo.kernels.pooled_attention import pooled_attention
 from vitzoo.kernels.window_attention import window_attention
@@ -168,3 +169,36 @@ class HiLo(nn.Module):
     def extra_repr(self) -> str:
         """Say how the heads are shared out."""
         return f"h_heads={self.h_heads}, l_heads={self.l_heads}, window_size={self.window_size}"
+
+
+class PlainAttention(TorchFunctionMode):
+    """Spells scaled_dot_product_attention out as matmuls and a softmax.
+
+    The exporter knows the fused call for 4-D tensors only; timm's windowed attention has five axes. Inputs
+    may have any number of leading axes: q (..., L, head_dim), k and v (..., S, head_dim).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and not kwargs.get("enable_gqa"):
+            return _plain_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Compute attention as the documentation of torch's fused call defines it, without dropout."""
+    attn = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
+    if attn_mask is not None:
+        attn = attn.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else attn + attn_mask
+    return attn.softmax(-1) @ value

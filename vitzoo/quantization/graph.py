@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vitzoo.export.onnx import PlainAttention
+from vitzoo.layers.attention import PlainAttention
 
 aten = torch.ops.aten
 
