@@ -44,16 +44,20 @@ def why_not(x: Tensor | None = None) -> str | None:
     if _missing() is not None:
         return _missing()
     if x is None:
-        return None if interpreting() else _no_gpu()
+        return _only_when_asked() if interpreting() else _no_gpu()
     if x.device.type == "cuda":
         return "TRITON_INTERPRET=1 is set, which is for CPU tensors" if interpreting() else _no_gpu()
     if x.device.type != "cpu":
         return f"it runs on CUDA devices only and the input is on {x.device}"
     if not interpreting():
         return "it runs on CUDA devices only and the input is on the CPU"
-    if forced_backend() != "triton":
-        return "on the CPU it runs in Triton's interpreter, only when use_backend('triton') asks for it"
-    return None
+    return _only_when_asked()
+
+
+def _only_when_asked() -> str | None:
+    if forced_backend() == "triton":
+        return None
+    return "on the CPU it runs in Triton's interpreter, only when use_backend('triton') asks for it"
 
 
 def compile_ahead(

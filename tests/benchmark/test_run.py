@@ -108,7 +108,8 @@ def test_models_of_the_zoo_say_which_kernel_ran() -> None:
     assert row["infer_gflops"] == pytest.approx(2 * row["infer_gmacs"], abs=2e-4)
     with vitzoo.kernels.use_backend("reference"):
         (forced,) = vitzoo.benchmark("vim_tiny_patch16_224", kwargs={"depth": 1}, img_size=32, **QUICK).rows
-    assert set(forced["backends"]) == set(row["backends"]) != set()
+    # the reference of one operator may be built of others
+    assert set(forced["backends"]) >= set(row["backends"]) != set()
     assert all(backends == ["reference"] for backends in forced["backends"].values())
 
 

@@ -31,9 +31,9 @@ from vitzoo.testing import (
 )
 
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
-needs_triton = pytest.mark.skipif(
-    triton_support.why_not() is not None, reason=f"no Triton: {triton_support.why_not()}"
-)
+with use_backend("triton"):  # the interpreter runs only when asked for
+    NO_TRITON = triton_support.why_not()
+needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=f"no Triton: {NO_TRITON}")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 
