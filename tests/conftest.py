@@ -8,3 +8,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# rich reads the width when a console is made, at import; a table must not wrap where there is no terminal
+os.environ["COLUMNS"] = "200"
