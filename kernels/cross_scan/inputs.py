@@ -60,7 +60,7 @@ def make_inputs(
     return {"x": _normal(size, dtype, device, seed)}
 
 
-def make_merge_inputs(
+def make_cross_merge_inputs(
     shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> dict[str, Any]:
     """Return the keyword arguments of one call of `cross_merge`; see `make_inputs`."""

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitzoo.kernels.common import native
 from vitzoo.kernels.common.backends import use_backend
 from vitzoo.kernels.cross_scan import cross_merge, cross_scan
-from vitzoo.kernels.cross_scan.inputs import SHAPES, Shape, make_inputs, make_merge_inputs
+from vitzoo.kernels.cross_scan.inputs import SHAPES, Shape, make_inputs, make_cross_merge_inputs
 from vitzoo.testing import (
     FLOORS,
     assert_backend_close,
@@ -93,7 +93,7 @@ def test_backends_move_the_same_numbers(shape: Shape, dtype: torch.dtype, backen
     with use_backend(backend):
         assert torch.equal(cross_scan(x), expected)
     assert_backend_close(cross_scan, {"x": x}, backend, use_backend)
-    inputs = make_merge_inputs(shape, dtype, _device(backend))
+    inputs = make_cross_merge_inputs(shape, dtype, _device(backend))
     assert_backend_close(cross_merge, inputs, backend, use_backend)
 
 
@@ -101,7 +101,7 @@ def test_backends_move_the_same_numbers(shape: Shape, dtype: torch.dtype, backen
 def test_non_contiguous_inputs(backend: str) -> None:
     x = make_inputs(SHAPES["odd"], device=_device(backend))["x"]
     last = x.to(memory_format=torch.channels_last)
-    merge = make_merge_inputs(SHAPES["odd"], device=_device(backend))
+    merge = make_cross_merge_inputs(SHAPES["odd"], device=_device(backend))
     strided = merge | {"y": merge["y"].transpose(2, 3).contiguous().transpose(2, 3)}
     with use_backend(backend):
         assert torch.equal(cross_scan(last), cross_scan(x))
@@ -155,7 +155,7 @@ def test_refused_inputs(call: Any, message: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     x = make_inputs(SHAPES["tiny"], torch.float64, _device(backend))["x"].requires_grad_()
-    y = make_merge_inputs(SHAPES["tiny"], torch.float64, _device(backend))["y"].requires_grad_()
+    y = make_cross_merge_inputs(SHAPES["tiny"], torch.float64, _device(backend))["y"].requires_grad_()
     with use_backend(backend):
         torch.library.opcheck(torch.ops.vitzoo.cross_scan.default, (x,))
         torch.library.opcheck(torch.ops.vitzoo.cross_merge.default, (y, 2, 3))
@@ -164,7 +164,7 @@ def test_opcheck(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: str) -> None:
     x = make_inputs(SHAPES["tiny"], torch.float64, _device(backend))["x"].requires_grad_()
-    y = make_merge_inputs(SHAPES["tiny"], torch.float64, _device(backend))["y"].requires_grad_()
+    y = make_cross_merge_inputs(SHAPES["tiny"], torch.float64, _device(backend))["y"].requires_grad_()
     with use_backend(backend):
         assert torch.autograd.gradcheck(cross_scan, [x])
         assert torch.autograd.gradcheck(lambda y: cross_merge(y, 2, 3), [y])
@@ -221,7 +221,7 @@ def test_moving_counts_as_no_flops() -> None:
 
 @needs_extension
 def test_threads_change_no_bit() -> None:
-    inputs, threads, results = make_merge_inputs(Shape(3, 40, 30, 31)), torch.get_num_threads(), []
+    inputs, threads, results = make_cross_merge_inputs(Shape(3, 40, 30, 31)), torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)

@@ -43,7 +43,10 @@ def _inputs(name: str, label: str | None = None) -> dict[str, Any]:
 
 
 def _results(name: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    return outputs_and_gradients(getattr(vitzoo.kernels, name), inputs)
+    differentiable = hasattr(torch.ops.vitzoo, f"{name}_bwd")
+    return outputs_and_gradients(
+        getattr(vitzoo.kernels, name), inputs, () if differentiable else tuple(inputs)
+    )
 
 
 def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
