@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitzoo.kernels.common import native
 from vitzoo.kernels.common.backends import use_backend
 from vitzoo.kernels.cross_scan import cross_merge, cross_scan
-from vitzoo.kernels.cross_scan.inputs import SHAPES, Shape, make_inputs, make_cross_merge_inputs
+from vitzoo.kernels.cross_scan.inputs import SHAPES, Shape, make_cross_merge_inputs, make_inputs
 from vitzoo.testing import (
     FLOORS,
     assert_backend_close,
