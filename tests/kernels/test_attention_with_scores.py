@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import subprocess
@@ -20,11 +21,19 @@ from vitzoo.kernels.attention_with_scores import attention_with_scores
 from vitzoo.kernels.attention_with_scores.inputs import BASELINES, SHAPES, Shape, make_inputs
 from vitzoo.kernels.attention_with_scores.reference import attention_with_scores_reference
 from vitzoo.kernels.common import native
-from vitzoo.kernels.common.backends import use_backend
+from vitzoo.kernels.common.backends import BackendError, use_backend
 from vitzoo.testing import FLOORS, assert_backend_close, image, relative_difference
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+
+TRITON_SHAPES = {k: v for k, v in SHAPES.items() if k != "long"}
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +49,24 @@ def _poisoned_memory():
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_cpu_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
     assert_backend_close(attention_with_scores, make_inputs(shape, dtype), "cpu", use_backend)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", TRITON_SHAPES.values(), ids=TRITON_SHAPES)
+def test_triton_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    inputs = make_inputs(shape, dtype, DEVICE)
+    assert_backend_close(attention_with_scores, inputs, "triton", use_backend)
+
+
+@needs_triton
+def test_triton_takes_no_float64() -> None:
+    inputs = make_inputs(next(iter(SHAPES.values())), torch.float64, DEVICE)
+    with (
+        use_backend("triton"),
+        pytest.raises(BackendError, match="float64, not float32, bfloat16 or float16"),
+    ):
+        attention_with_scores(**inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

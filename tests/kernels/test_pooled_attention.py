@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import subprocess
@@ -17,14 +18,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitzoo.benchmark.flop_formulas import kind
 from vitzoo.kernels.common import native
-from vitzoo.kernels.common.backends import use_backend
+from vitzoo.kernels.common.backends import BackendError, use_backend
 from vitzoo.kernels.pooled_attention import pooled_attention
 from vitzoo.kernels.pooled_attention.inputs import BASELINES, SHAPES, Shape, make_inputs
 from vitzoo.kernels.pooled_attention.reference import pooled_attention_reference
 from vitzoo.testing import FLOORS, assert_backend_close, image, relative_difference
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+
+TRITON_SHAPES = {k: v for k, v in SHAPES.items() if k != "many_keys"}
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +49,24 @@ def _poisoned_memory():
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_cpu_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
     assert_backend_close(pooled_attention, make_inputs(shape, dtype), "cpu", use_backend)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", TRITON_SHAPES.values(), ids=TRITON_SHAPES)
+def test_triton_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    inputs = make_inputs(shape, dtype, DEVICE)
+    assert_backend_close(pooled_attention, inputs, "triton", use_backend)
+
+
+@needs_triton
+def test_triton_takes_no_float64() -> None:
+    inputs = make_inputs(next(iter(SHAPES.values())), torch.float64, DEVICE)
+    with (
+        use_backend("triton"),
+        pytest.raises(BackendError, match="float64, not float32, bfloat16 or float16"),
+    ):
+        pooled_attention(**inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

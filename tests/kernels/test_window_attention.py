@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -23,11 +24,27 @@ from vitzoo.kernels.window_attention.inputs import BASELINES, MODEL_SHAPES, SHAP
 from vitzoo.kernels.window_attention.reference import window_attention_reference
 from vitzoo.testing import FLOORS, assert_backend_close, image, outputs_and_gradients, relative_difference
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 # the CUDA kernels run here in their host form; they take no float64
 FLOAT32_BACKENDS = [*BACKENDS, pytest.param("cuda", marks=needs_extension)]
 CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# few windows each: the interpreter takes its time
+TRITON_SHAPES = {
+    "one_token": SHAPES["one_token"],
+    "hifi_padded": Shape(1, 3, 3, 2, 8, 2, has_pad=True),
+    "swin_padded": Shape(1, 5, 6, 2, 4, 4, 2, has_bias=True, has_pad=True),
+    "rolled_first": Shape(2, 5, 4, 1, 20, 4, 2, has_bias=True, has_pad=True, roll_before_pad=True),
+    "one_axis": Shape(1, 3, 5, 1, 6, (3, 4), (1, 0)),
+    "two_blocks": Shape(1, 9, 9, 1, 5, 9, 4, has_bias=True),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +61,24 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_cpu_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
     assert_backend_close(window_attention, make_inputs(shape, dtype), "cpu", use_backend)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", TRITON_SHAPES.values(), ids=TRITON_SHAPES)
+def test_triton_is_as_close_as_the_reference(shape: Shape, dtype: torch.dtype) -> None:
+    inputs = make_inputs(shape, dtype, DEVICE)
+    assert_backend_close(window_attention, inputs, "triton", use_backend)
+
+
+@needs_triton
+def test_triton_takes_no_float64() -> None:
+    inputs = make_inputs(next(iter(SHAPES.values())), torch.float64, DEVICE)
+    with (
+        use_backend("triton"),
+        pytest.raises(BackendError, match="float64, not float32, bfloat16 or float16"),
+    ):
+        window_attention(**inputs)
 
 
 @needs_extension
