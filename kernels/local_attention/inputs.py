@@ -43,7 +43,7 @@ SHAPES: dict[str, Shape] = {
     "dilated": Shape(1, 8, 10, 9, dilation=3, num_heads=2),
     "depthwise": Shape(2, 6, 8, 8, kernel_size=(1, 3), num_heads=6),
     "beyond_the_map": Shape(1, 4, 3, 2, kernel_size=5, dilation=2),
-    "many_rows": Shape(1, 3, 37, 40, kernel_size=5),
+    "many_rows": Shape(1, 2, 19, 34, kernel_size=5),
     "pointwise": Shape(2, 3, 4, 5, kernel_size=1),
 }
 # TiC names no sizes; these are the stages of its proposal at 224 (see the model) with heads of 32 channels.
