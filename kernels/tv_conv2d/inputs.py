@@ -46,7 +46,7 @@ SHAPES: dict[str, Shape] = {
     "stride_3": Shape(2, 2, 10, 8, stride=3),
     "stride_beyond_kernel": Shape(1, 2, 9, 9, side=1, stride=2),
     "many_images": Shape(19, 2, 6, 6, has_bias=True),
-    "many_rows": Shape(1, 40, 23, 16),
+    "many_channels": Shape(1, 34, 5, 17),
 }
 # TVConv's MobileNetV2 x1.0 on 96 x 96 faces.
 MODEL_SHAPES: dict[str, Shape] = {
