@@ -62,16 +62,18 @@ VITZOO_INLINE I dot(I sum, I x, I weight) {
 // Codes
 // ---------------------------------------------------------------------------------------------------------
 
-VITZOO_INLINE I rounded(F x) {          // to nearest, ties to even; |x| below 2^22
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the whole number in the low bits
-  return (I)(x + magic) - (I)broadcast<float>(magic);
+// Adding it rounds to an integer held in the low bits.
+constexpr float kMagic = 12582912.0f;
+
+VITZOO_INLINE I nearest(F x) {  // ties to even; |x| below 2^22
+  return (I)(x + kMagic) - (I)broadcast<float>(kMagic);
 }
 
 // round(x / scale) between low and high; 0 where x / scale is not a number.
 VITZOO_INLINE I code_of(F x, F scale, float low, float high) {
   F v = x / scale;
   v = v == v ? v : F{};
-  return rounded(at_most<float>(at_least<float>(v, low), high));
+  return nearest(at_most<float>(at_least<float>(v, low), high));
 }
 
 template <class S>
@@ -274,6 +276,22 @@ __attribute__((noinline)) void tile_of(int64_t rows, const Code* x, int64_t stri
   }
 }
 
+// e^x for x <= 0, down to the smallest normal number. The one of simd.h has a table as wide as the vectors,
+// and so not the same bits on every CPU.
+VITZOO_INLINE F exp_of(F x) {
+  x = at_least<float>(x, -87.3365448f);
+  const F shifted = x * float(kLog2e) + kMagic;
+  const F n = shifted - kMagic;
+  const F f = ((x - n * 0.693359375f) - n * -2.12194440e-4f) * float(kLog2e);
+  F p = f * 1.53533620e-4f + 1.33988739e-3f;
+  p = p * f + 9.61843692e-3f;
+  p = p * f + 5.55033237e-2f;
+  p = p * f + 2.40226477e-1f;
+  p = p * f + 6.93147182e-1f;
+  p = p * f + 1.0f;
+  return (F)((I)p + ((I)shifted << 23));
+}
+
 // x Phi(x). With t = |x| and u = 1 / (1 + 0.26 t), Phi(-t) = exp(-t^2 / 2) u P(u); P is a fit of degree 8 to
 // 4e-8, relative, so that the negative tail is right too.
 VITZOO_INLINE F gelu(F x) {
@@ -287,7 +305,7 @@ VITZOO_INLINE F gelu(F x) {
   p = p * u + 0.10213994f;
   p = p * u + 0.10314107f;
   p = p * u + 0.10375178f;
-  const F tail = exp_nonpositive<float>(t * t * -0.5f) * (u * p);
+  const F tail = exp_of(t * t * -0.5f) * (u * p);
   return x * (x >= 0.0f ? 1.0f - tail : tail);
 }
 
