@@ -19,24 +19,6 @@ from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import backward_by_autograd, exporting, register
 
 
-def _triton_why_not(x: Tensor | None = None, *args: Any) -> str | None:
-    if x is not None and x.dtype == torch.float64:
-        return "x is torch.float64, not float32, bfloat16 or float16"
-    return triton_support.why_not(x)
-
-
-def _triton_forward(*args: Any) -> Any:
-    from vitzoo.kernels.add_norm import triton_impl
-
-    return triton_impl.forward(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    from vitzoo.kernels.add_norm import triton_impl
-
-    return triton_impl.backward(*args)
-
-
 def _rms_cpu_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
     return cpu.forward(x, residual, weight, None, eps, False)
 
@@ -44,6 +26,11 @@ def _rms_cpu_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: fl
 def _rms_cpu_backward(dout: Tensor, dr: Tensor | None, r: Tensor, x: Tensor, *args: Any) -> Any:
     residual, weight, eps = args
     return cpu.backward(dout, dr, r, x, residual, weight, None, eps, False)[:3]
+
+
+_triton_why_not = triton_support.narrow_why_not("x")
+_triton_forward = triton_support.lazily("add_norm", "forward")
+_triton_backward = triton_support.lazily("add_norm", "backward")
 
 
 def _rms_triton_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Any:
@@ -75,7 +62,9 @@ ADD_RMS_NORM = Operator(
     "add_rms_norm",
     backends=(
         Backend(
-            "triton", {"forward": _rms_triton_forward, "backward": _rms_triton_backward}, _triton_why_not
+            "triton",
+            {"forward": _rms_triton_forward, "backward": _rms_triton_backward},
+            _triton_why_not,
         ),
         Backend("cpu", {"forward": _rms_cpu_forward, "backward": _rms_cpu_backward}, cpu.why_not),
         Backend(
@@ -89,7 +78,9 @@ ADD_LAYER_NORM = Operator(
     "add_layer_norm",
     backends=(
         Backend(
-            "triton", {"forward": _layer_triton_forward, "backward": _layer_triton_backward}, _triton_why_not
+            "triton",
+            {"forward": _layer_triton_forward, "backward": _layer_triton_backward},
+            _triton_why_not,
         ),
         Backend(
             "cpu",

@@ -13,30 +13,14 @@ from torch import Tensor
 
 from vitzoo.kernels.attention_with_scores import cpu, reference
 from vitzoo.kernels.common import triton_support
-from vitzoo.kernels.common.attention.reference import TRITON_DTYPES, compute_dtype
+from vitzoo.kernels.common.attention.reference import compute_dtype
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import exporting, register
-
-
-def _triton(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.attention_with_scores import triton_impl
-
-        return getattr(triton_impl, name)(*args)
-
-    return run
-
-
-def _triton_why_not(q: Tensor | None = None, *args: Any) -> str | None:
-    if q is not None and q.dtype not in TRITON_DTYPES:
-        return f"q is {q.dtype}, not float32, bfloat16 or float16"
-    return triton_support.why_not(q)
-
 
 OPERATOR = Operator(
     "attention_with_scores",
     backends=(
-        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        triton_support.backend("attention_with_scores", triton_support.narrow_why_not("q")),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

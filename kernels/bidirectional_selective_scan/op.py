@@ -13,34 +13,19 @@ from vitzoo.kernels.bidirectional_selective_scan.flops import (
     bidirectional_selective_scan_flops,
 )
 from vitzoo.kernels.bidirectional_selective_scan.reference import bidirectional_selective_scan_reference
+from vitzoo.kernels.common import triton_support
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import backward_by_autograd, exporting, register
-from vitzoo.kernels.common.triton_support import why_not as triton_why_not
 
 
 def _reference_bwd(dout: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     return backward_by_autograd(bidirectional_selective_scan_reference, inputs, (dout,), tuple(range(15)))
 
 
-def _triton(direction: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.bidirectional_selective_scan import triton_impl
-
-        return getattr(triton_impl, direction)(*args)
-
-    return run
-
-
-def _triton_why_not(u: Tensor | None = None, *args: Any) -> str | None:
-    if u is not None and u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"u is {u.dtype}, not float32, bfloat16 or float16: its state would be wider than the kernels' float32"
-    return triton_why_not(u)
-
-
 OPERATOR = Operator(
     "bidirectional_selective_scan",
     backends=(
-        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        triton_support.backend("bidirectional_selective_scan", triton_support.narrow_why_not("u")),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

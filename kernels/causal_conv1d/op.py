@@ -20,24 +20,6 @@ from vitzoo.kernels.common.registration import backward_by_autograd, exporting, 
 WIDTHS = (2, 3, 4)
 
 
-def _triton_why_not(x: Tensor | None = None, *args: Any) -> str | None:
-    if x is not None and x.dtype == torch.float64:
-        return "x is torch.float64, not float32, bfloat16 or float16"
-    return triton_support.why_not(x)
-
-
-def _triton_forward(*args: Any) -> Any:
-    from vitzoo.kernels.causal_conv1d import triton_impl
-
-    return triton_impl.forward(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    from vitzoo.kernels.causal_conv1d import triton_impl
-
-    return triton_impl.backward(*args)
-
-
 def _reference(
     x: Tensor,
     weight: Tensor,
@@ -61,7 +43,7 @@ OPERATOR = Operator(
     "causal_conv1d",
     backends=(
         Backend("cuda", {"forward": cuda.forward, "backward": cuda.backward}, cuda.why_not),
-        Backend("triton", {"forward": _triton_forward, "backward": _triton_backward}, _triton_why_not),
+        triton_support.backend("causal_conv1d", triton_support.narrow_why_not("x")),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend("reference", {"forward": _reference, "backward": _reference_backward}, lambda *args: None),
     ),

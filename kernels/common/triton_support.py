@@ -7,14 +7,16 @@ interpreter, which is for tests: it must be asked for by `use_backend("triton")`
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitzoo.kernels.common.backends import forced_backend
+from vitzoo.kernels.common.backends import Backend, forced_backend
 
 
 def interpreting() -> bool:
@@ -39,7 +41,7 @@ def _no_gpu() -> str | None:
     return None
 
 
-def why_not(x: Tensor | None = None) -> str | None:
+def why_not(x: Tensor | None = None, *args: Any) -> str | None:
     """Return why Triton kernels cannot run here or on `x`, a sentence without full stop, or None."""
     if _missing() is not None:
         return _missing()
@@ -58,6 +60,45 @@ def _only_when_asked() -> str | None:
     if forced_backend() == "triton":
         return None
     return "on the CPU it runs in Triton's interpreter, only when use_backend('triton') asks for it"
+
+
+def lazily(folder: str, function: str) -> Callable[..., Any]:
+    """Return a function of an operator's Triton file, which is imported at the first call."""
+
+    def run(*args: Any) -> Any:
+        module = importlib.import_module(f"vitzoo.kernels.{folder}.triton_impl")
+        return getattr(module, function)(*args)
+
+    return run
+
+
+def narrow_why_not(name: str) -> Callable[..., str | None]:
+    """Return the `why_not` of kernels that sum in float32: their first argument, `name`, may not be wider."""
+
+    def check(x: Tensor | None = None, *args: Any) -> str | None:
+        if x is not None and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{name} is {x.dtype}, not float32, bfloat16 or float16: the Triton kernels sum in float32"
+        return why_not(x)
+
+    return check
+
+
+def backend(
+    folder: str,
+    why_not: Callable[..., str | None],
+    forward: str = "forward",
+    backward: str | None = "backward",
+) -> Backend:
+    """Return the Triton backend of an operator.
+
+    Args:
+        folder: of the operator, which has a `triton_impl.py`.
+        why_not: of the backend.
+        forward: name of the forward pass in that file.
+        backward: name of the backward pass, None where there is none.
+    """
+    run = {"forward": lazily(folder, forward)} | ({"backward": lazily(folder, backward)} if backward else {})
+    return Backend("triton", run, why_not)
 
 
 def compile_ahead(

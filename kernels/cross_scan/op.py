@@ -7,24 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitzoo.kernels.common import triton_support
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import exporting, register
-from vitzoo.kernels.common.triton_support import why_not as triton_why_not
 from vitzoo.kernels.cross_scan import cpu
 from vitzoo.kernels.cross_scan.reference import cross_merge_reference, cross_scan_reference
-
-
-def _triton(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.cross_scan import triton_impl
-
-        return getattr(triton_impl, name)(*args)
-
-    return run
-
-
-def _triton_why_not(x: Tensor | None = None, *args: Any) -> str | None:
-    return triton_why_not(x)
 
 
 def _scan_backward(dout: Tensor, x: Tensor) -> Tensor:
@@ -38,9 +25,7 @@ def _merge_backward(dout: Tensor, y: Tensor, H: int, W: int) -> Tensor:
 SCAN = Operator(
     "cross_scan",
     backends=(
-        Backend(
-            "triton", {"forward": _triton("scan"), "backward": _triton("scan_backward")}, _triton_why_not
-        ),
+        triton_support.backend("cross_scan", triton_support.why_not, "scan", "scan_backward"),
         Backend("cpu", {"forward": cpu.scan, "backward": cpu.scan_backward}, cpu.why_not),
         Backend(
             "reference", {"forward": cross_scan_reference, "backward": _scan_backward}, lambda *args: None
@@ -50,9 +35,7 @@ SCAN = Operator(
 MERGE = Operator(
     "cross_merge",
     backends=(
-        Backend(
-            "triton", {"forward": _triton("merge"), "backward": _triton("merge_backward")}, _triton_why_not
-        ),
+        triton_support.backend("cross_scan", triton_support.why_not, "merge", "merge_backward"),
         Backend("cpu", {"forward": cpu.merge, "backward": cpu.merge_backward}, cpu.why_not),
         Backend(
             "reference", {"forward": cross_merge_reference, "backward": _merge_backward}, lambda *args: None

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitzoo.kernels.common import triton_support
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import backward_by_autograd, exporting, register
-from vitzoo.kernels.common.triton_support import why_not as triton_why_not
 from vitzoo.kernels.cross_selective_scan import cpu
 from vitzoo.kernels.cross_selective_scan.flops import (
     cross_selective_scan_bwd_flops,
@@ -22,25 +22,10 @@ def _reference_bwd(dout: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     return backward_by_autograd(cross_selective_scan_reference, inputs, (dout,), tuple(range(7)))
 
 
-def _triton(direction: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.cross_selective_scan import triton_impl
-
-        return getattr(triton_impl, direction)(*args)
-
-    return run
-
-
-def _triton_why_not(x: Tensor | None = None, *args: Any) -> str | None:
-    if x is not None and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"x is {x.dtype}, not float32, bfloat16 or float16: its state would be wider than the kernels' float32"
-    return triton_why_not(x)
-
-
 OPERATOR = Operator(
     "cross_selective_scan",
     backends=(
-        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        triton_support.backend("cross_selective_scan", triton_support.narrow_why_not("x")),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

@@ -8,30 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitzoo.kernels.common import triton_support
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import exporting, register
-from vitzoo.kernels.common.triton_support import why_not as triton_why_not
 from vitzoo.kernels.int8_linear import cpu
 from vitzoo.kernels.int8_linear.reference import ACTIVATIONS, code_range, int8_linear_reference, out_dtype
-
-
-def _triton(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.int8_linear import triton_impl
-
-        return getattr(triton_impl, name)(*args)
-
-    return run
-
-
-def _triton_why_not(x: Tensor | None = None, *args: Any) -> str | None:
-    return triton_why_not(x)
-
 
 OPERATOR = Operator(
     "int8_linear",
     backends=(
-        Backend("triton", {"forward": _triton("forward")}, _triton_why_not),
+        triton_support.backend("int8_linear", triton_support.why_not, backward=None),
         Backend("cpu", {"forward": cpu.forward}, cpu.why_not),
         Backend("reference", {"forward": int8_linear_reference}, lambda *args: None),
     ),

@@ -8,35 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitzoo.kernels.common import triton_support
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import exporting, register
-from vitzoo.kernels.common.triton_support import why_not as triton_why_not
 from vitzoo.kernels.local_attention import cpu
 from vitzoo.kernels.local_attention.reference import (
     local_attention_reference,
     local_attention_reference_bwd,
 )
 
-
-def _triton(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.local_attention import triton_impl
-
-        return getattr(triton_impl, name)(*args)
-
-    return run
-
-
-def _triton_why_not(q: Tensor | None = None, *args: Any) -> str | None:
-    if q is not None and q.dtype == torch.float64:
-        return "q is torch.float64, the Triton kernels sum in float32"
-    return triton_why_not(q)
-
-
 OPERATOR = Operator(
     "local_attention",
     backends=(
-        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        triton_support.backend("local_attention", triton_support.narrow_why_not("q")),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import triton_support
-from vitzoo.kernels.common.attention.reference import TRITON_DTYPES
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import exporting, register
 from vitzoo.kernels.pooled_attention import cpu
@@ -17,26 +16,10 @@ from vitzoo.kernels.pooled_attention.reference import (
     pooled_attention_reference_bwd,
 )
 
-
-def _triton(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.pooled_attention import triton_impl
-
-        return getattr(triton_impl, name)(*args)
-
-    return run
-
-
-def _triton_why_not(q: Tensor | None = None, *args: Any) -> str | None:
-    if q is not None and q.dtype not in TRITON_DTYPES:
-        return f"q is {q.dtype}, not float32, bfloat16 or float16"
-    return triton_support.why_not(q)
-
-
 OPERATOR = Operator(
     "pooled_attention",
     backends=(
-        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        triton_support.backend("pooled_attention", triton_support.narrow_why_not("q")),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

@@ -14,24 +14,6 @@ from vitzoo.kernels.reorganize_tokens import cpu
 from vitzoo.kernels.reorganize_tokens.reference import gather_and_fuse, reorganize_tokens_reference
 
 
-def _triton_why_not(x: Tensor | None = None, *args: Any) -> str | None:
-    if x is not None and x.dtype == torch.float64:
-        return "x is torch.float64, not float32, bfloat16 or float16"
-    return triton_support.why_not(x)
-
-
-def _triton_forward(*args: Any) -> Any:
-    from vitzoo.kernels.reorganize_tokens import triton_impl
-
-    return triton_impl.forward(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    from vitzoo.kernels.reorganize_tokens import triton_impl
-
-    return triton_impl.backward(*args)
-
-
 def _reference_backward(
     dtokens: Tensor, indices: Tensor, x: Tensor, scores: Tensor, keep: int, fuse: bool
 ) -> tuple[Tensor | None, ...]:
@@ -41,7 +23,7 @@ def _reference_backward(
 OPERATOR = Operator(
     "reorganize_tokens",
     backends=(
-        Backend("triton", {"forward": _triton_forward, "backward": _triton_backward}, _triton_why_not),
+        triton_support.backend("reorganize_tokens", triton_support.narrow_why_not("x")),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

@@ -25,24 +25,17 @@ def _reference_bwd(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[T
     return backward_by_autograd(retention_reference, inputs, (dout, dstate), tuple(range(5)))
 
 
-def _triton(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.retention import triton_impl
-
-        return getattr(triton_impl, name)(*args)
-
-    return run
-
-
 def _triton_why_not(q: Tensor | None = None, *args: Any) -> str | None:
     reason = triton_support.why_not(q)
-    return reason if q is None or reason is not None else _triton("why_not")(q, *args)
+    return (
+        reason if q is None or reason is not None else triton_support.lazily("retention", "why_not")(q, *args)
+    )
 
 
 OPERATOR = Operator(
     "retention",
     backends=(
-        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        triton_support.backend("retention", _triton_why_not),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

@@ -14,24 +14,6 @@ from vitzoo.kernels.rms_norm_gated import cpu
 from vitzoo.kernels.rms_norm_gated.reference import rms_norm_gated_reference
 
 
-def _triton_why_not(x: Tensor | None = None, *args: Any) -> str | None:
-    if x is not None and x.dtype == torch.float64:
-        return "x is torch.float64, not float32, bfloat16 or float16"
-    return triton_support.why_not(x)
-
-
-def _triton_forward(*args: Any) -> Any:
-    from vitzoo.kernels.rms_norm_gated import triton_impl
-
-    return triton_impl.forward(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    from vitzoo.kernels.rms_norm_gated import triton_impl
-
-    return triton_impl.backward(*args)
-
-
 def _reference_backward(dout: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     return backward_by_autograd(rms_norm_gated_reference, inputs, (dout,), (0, 1, 2))
 
@@ -39,7 +21,7 @@ def _reference_backward(dout: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]
 OPERATOR = Operator(
     "rms_norm_gated",
     backends=(
-        Backend("triton", {"forward": _triton_forward, "backward": _triton_backward}, _triton_why_not),
+        triton_support.backend("rms_norm_gated", triton_support.narrow_why_not("x")),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitzoo.kernels.common import triton_support
 from vitzoo.kernels.common.backends import Backend, BackendError, Operator, forced_backend
 from vitzoo.kernels.common.registration import exporting, register
-from vitzoo.kernels.common.triton_support import why_not as triton_why_not
 from vitzoo.kernels.selective_scan import cpu, cuda
 from vitzoo.kernels.selective_scan.complex import complex_selective_scan
 from vitzoo.kernels.selective_scan.flops import selective_scan_bwd_flops, selective_scan_flops
@@ -23,27 +23,11 @@ from vitzoo.kernels.selective_scan.reference import (
     selective_scan_reference_bwd,
 )
 
-
-def _triton(direction: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.selective_scan import triton_impl
-
-        return getattr(triton_impl, direction)(*args)
-
-    return run
-
-
-def _triton_why_not(u: Tensor | None = None, *args: Any) -> str | None:
-    if u is not None and u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"u is {u.dtype}, not float32, bfloat16 or float16: its state would be wider than the kernels' float32"
-    return triton_why_not(u)
-
-
 OPERATOR = Operator(
     "selective_scan",
     backends=(
         Backend("cuda", {"forward": cuda.forward, "backward": cuda.backward}, cuda.why_not),
-        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        triton_support.backend("selective_scan", triton_support.narrow_why_not("u")),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

@@ -19,24 +19,17 @@ def _reference_bwd(dout: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[T
     return backward_by_autograd(ssd_scan_reference, inputs, (dout, dstate), tuple(range(8)))
 
 
-def _triton(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.ssd_scan import triton_impl
-
-        return getattr(triton_impl, name)(*args)
-
-    return run
-
-
 def _triton_why_not(x: Tensor | None = None, *args: Any) -> str | None:
     reason = triton_support.why_not(x)
-    return reason if x is None or reason is not None else _triton("why_not")(x, *args)
+    return (
+        reason if x is None or reason is not None else triton_support.lazily("ssd_scan", "why_not")(x, *args)
+    )
 
 
 OPERATOR = Operator(
     "ssd_scan",
     backends=(
-        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        triton_support.backend("ssd_scan", _triton_why_not),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

@@ -8,32 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitzoo.kernels.common import triton_support
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import exporting, register
-from vitzoo.kernels.common.triton_support import why_not as triton_why_not
 from vitzoo.kernels.tv_conv2d import cpu
 from vitzoo.kernels.tv_conv2d.reference import tv_conv2d_reference, tv_conv2d_reference_bwd
-
-
-def _triton(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.tv_conv2d import triton_impl
-
-        return getattr(triton_impl, name)(*args)
-
-    return run
-
-
-def _triton_why_not(x: Tensor | None = None, *args: Any) -> str | None:
-    if x is not None and x.dtype == torch.float64:
-        return "x is torch.float64, the Triton kernels sum in float32"
-    return triton_why_not(x)
-
 
 OPERATOR = Operator(
     "tv_conv2d",
     backends=(
-        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        triton_support.backend("tv_conv2d", triton_support.narrow_why_not("x")),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import triton_support
-from vitzoo.kernels.common.attention.reference import TRITON_DTYPES
 from vitzoo.kernels.common.backends import Backend, Operator
 from vitzoo.kernels.common.registration import exporting, register
 from vitzoo.kernels.window_attention import cpu, cuda
@@ -21,27 +20,11 @@ from vitzoo.kernels.window_attention.reference import (
     window_attention_reference_bwd,
 )
 
-
-def _triton(name: str) -> Any:
-    def run(*args: Any) -> Any:
-        from vitzoo.kernels.window_attention import triton_impl
-
-        return getattr(triton_impl, name)(*args)
-
-    return run
-
-
-def _triton_why_not(qkv: Tensor | None = None, *args: Any) -> str | None:
-    if qkv is not None and qkv.dtype not in TRITON_DTYPES:
-        return f"qkv is {qkv.dtype}, not float32, bfloat16 or float16"
-    return triton_support.why_not(qkv)
-
-
 OPERATOR = Operator(
     "window_attention",
     backends=(
         Backend("cuda", {"forward": cuda.forward, "backward": cuda.backward}, cuda.why_not),
-        Backend("triton", {"forward": _triton("forward"), "backward": _triton("backward")}, _triton_why_not),
+        triton_support.backend("window_attention", triton_support.narrow_why_not("qkv")),
         Backend("cpu", {"forward": cpu.forward, "backward": cpu.backward}, cpu.why_not),
         Backend(
             "reference",

