@@ -5,7 +5,7 @@
 // Legend: n keys, lanes = queries rounded up to vectors, d head_dim, dp = d rounded up to vectors.
 #pragma once
 
-#include "simd.h"
+#include "simd_memory.h"
 
 namespace {
 

@@ -2,7 +2,7 @@
 // few dozen rows and columns each. Include after simd.h.
 #pragma once
 
-#include "simd.h"
+#include "simd_memory.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "row_norm.h"
-#include "simd.h"
+#include "simd_memory.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 // while it is there, so that each pixel of the map is touched once.
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/simd_memory.h"
 #include "cpu_args.h"
 
 namespace {

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "../common/no_contraction.h"
-#include "../common/simd.h"
+#include "../common/simd_memory.h"
 #include "cpu_args.h"
 
 namespace {

@@ -4,7 +4,7 @@
 // queries without a condition. Zeros take part in the softmax as the definition wants.
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/simd_memory.h"
 #include "cpu_args.h"
 
 namespace {

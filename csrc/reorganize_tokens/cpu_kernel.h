@@ -2,7 +2,7 @@
 // or added to the fused token.
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/simd_memory.h"
 #include "cpu_args.h"
 
 namespace {

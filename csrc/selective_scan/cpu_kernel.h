@@ -6,7 +6,7 @@
 // Legend: s step after bias and softplus, x = u, drive = s x, h state, g gradient of h, a = exp(s A).
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/simd_memory.h"
 #include "cpu_args.h"
 
 namespace {

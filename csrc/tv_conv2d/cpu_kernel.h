@@ -4,7 +4,7 @@
 // are taps.
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/simd_memory.h"
 #include "cpu_args.h"
 
 namespace {
