@@ -70,6 +70,24 @@ def test_relevance_is_conserved(name: str, size: int) -> None:
     assert all(score > 0 for score in scores.values())
 
 
+def test_operators_of_ours_carry_relevance_as_the_torch_operations_they_stand_for() -> None:
+    # keeping every token, EViT is DeiT with its attention in one operator
+    torch.manual_seed(0)
+    options = dict(num_classes=5, img_size=32, depth=2)
+    plain = timm.create_model("deit_tiny_patch16_224", **options).double().eval()
+    ours = vitzoo.create_model("evit_tiny_patch16_224", base_keep_rate=0.99, drop_loc=(1,), **options)
+    ours = ours.double().eval()
+    ours.load_state_dict(plain.state_dict())
+    layers = [n for n, m in plain.named_modules() if isinstance(m, nn.Linear)]
+    x = image((2, 3, 32, 32)).double()
+    expected, found = (layer_relevance(model, x, layers) for model in (plain, ours))
+    for name in layers:
+        # the operator's tokens come in falling order of their scores, which permutes what later layers see
+        for ours_of, theirs in zip(found[name], expected[name], strict=True):
+            sums = [torch.stack([r.sum(), r.abs().sum()]) for r in (ours_of, theirs)]
+            torch.testing.assert_close(*sums, rtol=1e-6, atol=1e-9)
+
+
 def test_an_unknown_layer_is_refused() -> None:
     model, _ = _golden_model()
     with pytest.raises(ValueError, match=r"no layer blocks\.9"):

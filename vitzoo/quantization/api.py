@@ -129,7 +129,7 @@ def quantize(
 
     Args:
         model: a trained model, float32, on the CPU; it is not changed.
-        recipe: see `Recipe`; `vitzoo.quantization.RECIPES` has the named ones.
+        recipe: see `Recipe`.
         calibration_batches: images as the model takes them, (B, C, H, W), all of one size; 32 to 300 images in all.
         filter_fn: which sites may be quantized; default all.
         progress: called with a few words at the start of each step.

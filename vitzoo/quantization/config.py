@@ -16,7 +16,6 @@ GELU = ("uniform", "twin")
 NORM = ("tensor", "channel", "power_of_two")
 ACTIVATIONS = ("static", "dynamic")
 COSTS = ("size", "bitops")
-TARGETS = ("x86-vnni", "x86-avx2", "arm", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class Recipe:
         mixed_cost: "size" (weights) or "bitops" (MACs).
         error_budget: relative logit error allowed on the calibration images; the most harmful layers stay in floating
             point until it holds. None quantizes every layer.
-        bias_correction: move the mean error of each layer's output into its bias.
         skip: patterns (fnmatch) of layers that stay in floating point.
 
     Raises:
@@ -66,7 +64,6 @@ class Recipe:
     average_bits: float | None = None
     mixed_cost: str = "size"
     error_budget: float | None = None
-    bias_correction: bool = False
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

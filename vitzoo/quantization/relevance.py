@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from vitzoo.kernels.common.backends import operators
+
 _LEAST = 1e-9
 
 
@@ -125,6 +127,10 @@ class _Rules(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        reference = _reference_of(func)
+        if reference is not None:
+            with self:  # the rules hold for the torch operations that an operator of ours stands for
+                return reference(*args, **kwargs)
         if func is F.linear:
             return _linear(*args, **kwargs)
         if func in (F.conv2d, torch.conv2d, F.conv1d, torch.conv1d):
@@ -140,6 +146,14 @@ class _Rules(TorchFunctionMode):
         if func in _PRODUCTS | _ADDITIONS | _SCALINGS:
             return _binary(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _reference_of(func: Any) -> Callable[..., Any] | None:
+    """Return an operator of vitzoo in torch operations, None for any other function."""
+    name = getattr(func, "_qualified_op_name", "") or getattr(func, "_name", "")
+    if not str(name).startswith("vitzoo::"):
+        return None
+    return operators[str(name).removeprefix("vitzoo::").partition(".")[0]].backends[-1].run["forward"]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
