@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of products and softmax: float32, float64 for float64 inputs."""
