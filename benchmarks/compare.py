@@ -16,7 +16,7 @@ Key = tuple[str, ...]
 def rows(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
     """Return the machine and the results by what was measured."""
     data = json.loads(path.read_text())
-    keys = ("operator", "shape", "dtype", "pass", "backend")
+    keys = ("operator", "shape", "dtype", "pass", "backend", "baseline")
     return data["machine"], {tuple(row[key] for key in keys): row for row in data["results"]}
 
 

@@ -12,52 +12,28 @@ import argparse
 import importlib
 import itertools
 import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
 import vitzoo
+from vitzoo.benchmark.machine import machine
+from vitzoo.benchmark.timing import Timing, compare
 from vitzoo.kernels.common import native
 from vitzoo.kernels.common.backends import operators, use_backend
 from vitzoo.testing import assert_backend_close
 
+SECONDS = 1.0  # of timing for each candidate, warm-up not included
 
-def machine() -> dict[str, Any]:
+
+def surroundings() -> dict[str, Any]:
     """Return what a reader needs to repeat the measurement."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = dict(line.split(":", 1) for line in lines if ":" in line)
-    cpu = {key.strip(): value.strip() for key, value in cpu.items()}
-    flags = cpu.get("flags", "").split()
-    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_tile")
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return {
-        "cpu": cpu.get("model name", platform.processor()),
-        "cpu_flags": [flag for flag in wanted if flag in flags],
-        "isa": native.cpu_isa(),
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "vitzoo": vitzoo.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return {**machine(), "isa": native.cpu_isa(), "vnni": native.cpu_vnni()}
 
 
 def with_gradients(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -93,34 +69,12 @@ def train_call(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable
     return call
 
 
-def interleave(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Return median, quartiles and minimum in ms of each call, run in turns after two warm-up turns.
-
-    A fast call repeats within its turn until it has run for 50 ms, so that both kinds see the same machine.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 2):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            while True:
-                before = time.perf_counter()
-                call()
-                after = time.perf_counter()
-                if turn >= 2:
-                    times[name].append(1e3 * (after - before))
-                if after - start > 0.05:
-                    break
-    out = {}
-    for name, values in times.items():
-        q1, median, q3 = statistics.quantiles(values, n=4)
-        out[name] = {
-            "median_ms": median,
-            "q1_ms": q1,
-            "q3_ms": q3,
-            "min_ms": min(values),
-            "runs": len(values),
-        }
-    return out
+def summary(timing: Timing) -> dict[str, float]:
+    """Return median, quartiles and least time of a call in ms."""
+    quartiles = {f"q{i}_ms": 1e3 * timing.percentile(25 * i) for i in (1, 3)}
+    least = 1e3 * min(timing.seconds)
+    rounds = len(timing.seconds)
+    return {"median_ms": 1e3 * timing.median, **quartiles, "min_ms": least, "rounds": rounds}
 
 
 def modules(name: str) -> tuple[ModuleType, ModuleType]:
@@ -167,16 +121,17 @@ def measure(name: str, label: str, dtype: torch.dtype, rounds: int) -> list[dict
             assert_backend_close(getattr(vitzoo.kernels, name), inputs, backend.name, use_backend)
     rows = []
     for kind, make in passes.items():
-        times = interleave({k: make(f, inputs) for k, f in (ours | against).items()}, rounds)
+        calls = {k: make(f, inputs) for k, f in (ours | against).items()}
+        times = compare(calls, seconds=SECONDS, min_rounds=rounds)
         for backend, baseline in itertools.product(ours, against):
-            ratio = times[baseline]["median_ms"] / times[backend]["median_ms"]
+            ratio = times[backend].ratio_to(times[baseline])
             row = {"operator": name, "shape": label, "sizes": vars(shapes[label])}
             row |= {"dtype": str(dtype).removeprefix("torch."), "pass": kind, "backend": backend}
-            pair = {which: times[which] for which in (backend, baseline)}
+            pair = {which: summary(times[which]) for which in (backend, baseline)}
             rows.append(row | {"baseline": baseline, "ratio": ratio, "times": pair})
             print(
                 f"{name:16} {label:20} {row['dtype']:9} {kind:17} {backend:5} "
-                f"{times[backend]['median_ms']:9.2f} ms, {baseline} {times[baseline]['median_ms']:9.2f} ms, "
+                f"{1e3 * times[backend].median:9.2f} ms, {baseline} {1e3 * times[baseline].median:9.2f} ms, "
                 f"{ratio:5.1f}x",
                 file=sys.stderr,
             )
@@ -205,7 +160,7 @@ def main() -> None:
                 rows += measure(name, label, getattr(torch, dtype), args.rounds)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+        args.output.write_text(json.dumps({"machine": surroundings(), "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

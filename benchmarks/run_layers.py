@@ -11,6 +11,7 @@ layer.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run_kernels import interleave, machine
+from run_kernels import SECONDS, summary, surroundings
 from timm.models.pvt_v2 import Attention as SpatialReductionAttention
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
+from vitzoo.benchmark.timing import compare
 from vitzoo.layers import HiLo
 from vitzoo.testing import relative_difference
 
@@ -100,16 +102,17 @@ def measure(side: int, batch: int, rounds: int) -> list[dict[str, Any]]:
         difference = relative_difference(calls["hilo"](x), calls["authors"](x))
         if not difference < 1e-5:
             raise AssertionError(f"HiLo differs from the authors' formulation by {difference:.1e}")
-        times = interleave({name: lambda call=call: call(x) for name, call in calls.items()}, rounds)
+        timed = {name: functools.partial(call, x) for name, call in calls.items()}
+        times = compare(timed, seconds=SECONDS, min_rounds=rounds)
     rows = []
     for baseline in list(calls)[1:]:
-        ratio = times[baseline]["median_ms"] / times["hilo"]["median_ms"]
+        ratio = times["hilo"].ratio_to(times[baseline])
         row = {"layer": "hilo", "dim": DIM, "heads": HEADS, "side": side, "batch": batch, "dtype": "float32"}
-        pair = {which: times[which] for which in ("hilo", baseline)}
+        pair = {which: summary(times[which]) for which in ("hilo", baseline)}
         rows.append(row | {"pass": "forward", "baseline": baseline, "ratio": ratio, "times": pair})
         print(
-            f"hilo {side}x{side} batch {batch}: {times['hilo']['median_ms']:8.2f} ms, {baseline} "
-            f"{times[baseline]['median_ms']:8.2f} ms, {ratio:5.2f}x",
+            f"hilo {side}x{side} batch {batch}: {1e3 * times['hilo'].median:8.2f} ms, {baseline} "
+            f"{1e3 * times[baseline].median:8.2f} ms, {ratio:5.2f}x",
             file=sys.stderr,
         )
     return rows
@@ -131,7 +134,7 @@ def main() -> None:
             rows += measure(side, batch, args.rounds)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+        args.output.write_text(json.dumps({"machine": surroundings(), "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
