@@ -69,8 +69,8 @@ bench: install
 build: install
 	$(BIN)/python setup.py -q build_ext --inplace
 
-# The CUDA kernels, built and linked; needs nvcc, no GPU. Fails where they are not built or do not load.
-build-cuda: build
+# Shows that the CUDA kernels, which install builds where nvcc is, load without a GPU and do not spill.
+build-cuda: install
 	$(BIN)/python -c 'import sys; from vitzoo.kernels.common import native; sys.exit(native.cuda_extension_why_not())'
 	$(BIN)/python benchmarks/cuda_resources.py
 
