@@ -107,10 +107,22 @@ def forced(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     return call
 
 
+def check(name: str, backend: str, inputs: dict[str, Any], differentiable: bool) -> None:
+    """Raise AssertionError unless a backend is as right as the reference; without gradients the two must agree."""
+    function = getattr(vitzoo.kernels, name)
+    if differentiable:
+        assert_backend_close(function, inputs, backend, use_backend)
+    else:
+        torch.testing.assert_close(
+            forced(function, backend)(**inputs), forced(function, "reference")(**inputs)
+        )
+
+
 def measure(name: str, label: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """Check and time one operator at one shape with every backend that runs here, against every baseline."""
     shapes, make_inputs = shapes_and_inputs(name)
     inputs, against = make_inputs(shapes[label], dtype), baselines(name)
+    adapted = getattr(modules(name)[0], "BASELINE_INPUTS", {})
     passes = {"forward": forward_call}
     if hasattr(torch.ops.vitzoo, f"{name}_bwd"):
         passes["forward+backward"] = train_call
@@ -118,10 +130,12 @@ def measure(name: str, label: str, dtype: torch.dtype, rounds: int) -> list[dict
     for backend in operators[name].backends:
         if backend.name != "reference" and backend.why_not() is None:
             ours[backend.name] = forced(getattr(vitzoo.kernels, name), backend.name)
-            assert_backend_close(getattr(vitzoo.kernels, name), inputs, backend.name, use_backend)
+            check(name, backend.name, inputs, differentiable=len(passes) > 1)
     rows = []
     for kind, make in passes.items():
-        calls = {k: make(f, inputs) for k, f in (ours | against).items()}
+        calls = {
+            k: make(f, adapted[k](inputs) if k in adapted else inputs) for k, f in (ours | against).items()
+        }
         times = compare(calls, seconds=SECONDS, min_rounds=rounds)
         for backend, baseline in itertools.product(ours, against):
             ratio = times[backend].ratio_to(times[baseline])

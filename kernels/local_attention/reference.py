@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from vitzoo.kernels.common.registration import backward_by_autograd
 
 
-def shifts(x: Tensor, kernel_size: Sequence[int], dilation: int) -> Iterator[Tensor]:
+def shifts(x: Tensor, kernel_size: int | Sequence[int], dilation: int) -> Iterator[Tensor]:
     """Yield x (..., H, W) as each window position sees it, rows first, zero beyond the map."""
-    (kh, kw), (height, width) = kernel_size, x.shape[-2:]
+    kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    height, width = x.shape[-2:]
     rows, columns = dilation * (kh - 1) // 2, dilation * (kw - 1) // 2
     padded = F.pad(x, (columns, columns, rows, rows))
     for i in range(kh):
@@ -26,7 +27,7 @@ def local_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kernel_size: Sequence[int],
+    kernel_size: int | Sequence[int],
     dilation: int = 1,
     scale: float = 1.0,
     num_heads: int = 1,
@@ -39,7 +40,7 @@ def local_attention_reference(
         q: (B, C, H, W).
         k: (B, C, H, W).
         v: (B, C, H, W).
-        kernel_size: (kh, kw), odd.
+        kernel_size: (kh, kw), odd, or one number for both.
         dilation: between window positions.
         scale: of the logits.
         num_heads: groups of neighbouring channels that attend by themselves.
