@@ -113,9 +113,10 @@ def check(name: str, backend: str, inputs: dict[str, Any], differentiable: bool)
     if differentiable:
         assert_backend_close(function, inputs, backend, use_backend)
     else:
-        torch.testing.assert_close(
-            forced(function, backend)(**inputs), forced(function, "reference")(**inputs)
-        )
+        ours, theirs = (forced(function, which)(**inputs) for which in (backend, "reference"))
+        # after GELU a code may differ by one from the reference's at a tie
+        bounds = {} if ours.is_floating_point() else {"rtol": 0, "atol": 1}
+        torch.testing.assert_close(ours, theirs, **bounds)
 
 
 def measure(name: str, label: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
