@@ -15,10 +15,16 @@ from torch import Tensor
 
 import vitzoo
 from vitzoo.kernels.common import native
-from vitzoo.kernels.common.backends import NAMES, operators
-from vitzoo.testing import outputs_and_gradients
+from vitzoo.kernels.common.backends import NAMES, operators, use_backend
+from vitzoo.testing import assert_backend_close, outputs_and_gradients
 
 OPERATORS = sorted(operators)
+WITH_GRADIENTS_IN_CPP = [
+    name
+    for name in OPERATORS
+    if hasattr(torch.ops.vitzoo, f"{name}_bwd") and "cpu" in [b.name for b in operators[name].backends]
+]
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 needs_extension = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
 
 
@@ -77,6 +83,19 @@ def test_the_number_of_threads_changes_nothing(name: str) -> None:
     finally:
         torch.set_num_threads(threads)
     _same(two, one)
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", WITH_GRADIENTS_IN_CPP)
+def test_every_instruction_set_is_as_close_as_the_reference(
+    name: str, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if INSTRUCTION_SETS.index(isa) > INSTRUCTION_SETS.index(native.cpu_isa() or "baseline"):
+        pytest.skip(f"this CPU has no {isa}")
+    monkeypatch.setenv("VITZOO_CPU_ISA", isa)
+    assert native.cpu_isa() == isa
+    assert_backend_close(getattr(vitzoo.kernels, name), _inputs(name), "cpu", use_backend)
 
 
 @needs_extension
