@@ -137,8 +137,14 @@ def backward(
     delta_softplus: bool,
     routes: Sequence[int],
     width: int,
+    *,
+    ddelta: Sequence[Tensor] | None = None,
 ) -> RoutedGradients:
-    """Return the gradients of the arguments of `forward`, `dout` being that of its result."""
+    """Return the gradients of the arguments of `forward`, `dout` being that of its result.
+
+    `ddelta` is where the gradients of the steps go, in the form and dtype of `delta` and contiguous along the tokens;
+    None for new memory.
+    """
     given = _arguments(u, delta, A, B, C, D, z, delta_bias, routes, width)
     batch, dim, seqlen = u[0].shape
     dtype, dstate, groups = compute_dtype(u[0]), A[0].shape[1], given.B[0].shape[1]
@@ -152,7 +158,8 @@ def backward(
         return torch.empty(x.shape, dtype=x.dtype)
 
     count = len(routes)
-    du, ddelta = [like(x) for x in given.u], [like(x) for x in given.delta]
+    du = [like(x) for x in given.u]
+    dsteps = [like(x) for x in given.delta] if ddelta is None else list(ddelta)
     dA = empty(count, batch, dim, dstate)
     dB, dC = (empty(count, batch, parts, groups, dstate, seqlen) for _ in range(2))
     dD, dbias = empty(len(given.D), batch, dim), empty(len(given.delta_bias), batch, dim)
@@ -164,7 +171,7 @@ def backward(
         list(routes),
         width,
         piece,
-        *(du, ddelta, dA, dB, dC, dD, dz, dbias),
+        *(du, dsteps, dA, dB, dC, dD, dz, dbias),
     )
 
     def fold(partial: list[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -173,7 +180,7 @@ def backward(
 
     return RoutedGradients(
         du,
-        ddelta,
+        dsteps,
         [x.sum(0) for x in dA],
         fold(dB, B),
         fold(dC, C),

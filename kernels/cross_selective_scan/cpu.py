@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import routed_scan
+from vitzoo.kernels.common.scan_support import as_wide_as
 from vitzoo.kernels.cross_selective_scan import routes
 
 
@@ -20,7 +22,11 @@ def forward(x: Tensor, *inputs: Any) -> Tensor:
     return routed_scan.forward(*routes.arguments(x, *inputs)).unflatten(2, x.shape[2:])
 
 
-def backward(dout: Tensor, x: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
+def backward(dout: Tensor, x: Tensor, delta: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     """Return the gradients of the tensor inputs, in order; None for absent ones."""
-    found = routed_scan.backward(dout.flatten(2), *routes.arguments(x, *inputs))
-    return routes.gradients(found, x)
+    ddelta = torch.empty(delta.shape, dtype=as_wide_as(x, delta).dtype)
+    views = ddelta.flatten(3).unbind(
+        1
+    )  # as the largest of the gradients it is not to be put together from four
+    found = routed_scan.backward(dout.flatten(2), *routes.arguments(x, delta, *inputs), ddelta=views)
+    return routes.gradients(found, x, ddelta)

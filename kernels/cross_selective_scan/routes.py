@@ -39,10 +39,26 @@ def arguments(
     )
 
 
-def gradients(g: Any, x: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the routed scan's gradients in the order of the operator's inputs."""
-    size = x.shape[2:]
-    maps = [torch.stack(list(parts), dim=1).unflatten(3, size) for parts in (g.delta, g.B, g.C)]
+def gradients(g: Any, x: Tensor, ddelta: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """Return the routed scan's gradients in the order of the operator's inputs.
+
+    Args:
+        g: gradients of the routes.
+        x: the input, (B, D, H, W).
+        ddelta: that of delta, (B, 4, D, H, W), where it is not in g.delta alone.
+    """
+
+    def together(parts: Any) -> Tensor:
+        return torch.stack(list(parts), dim=1).unflatten(3, x.shape[2:])
+
     skips = None if g.D is None else torch.stack(list(g.D))
     biases = None if g.delta_bias is None else torch.stack(list(g.delta_bias))
-    return g.u[0].unflatten(2, size), maps[0], torch.stack(list(g.A)), maps[1], maps[2], skips, biases
+    return (
+        g.u[0].unflatten(2, x.shape[2:]),
+        together(g.delta) if ddelta is None else ddelta,
+        torch.stack(list(g.A)),
+        together(g.B),
+        together(g.C),
+        skips,
+        biases,
+    )

@@ -1,0 +1,98 @@
+"""How much memory the scans take beyond inputs and outputs: what C++ allocates shows in the resident set alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vitzoo
+from vitzoo.benchmark.memory import MIB, MemoryUnknownError, peak_of
+from vitzoo.kernels.bidirectional_selective_scan import inputs as bidirectional
+from vitzoo.kernels.common import native
+from vitzoo.kernels.common.backends import use_backend
+from vitzoo.kernels.cross_selective_scan import inputs as cross
+from vitzoo.kernels.selective_scan import inputs as selective
+from vitzoo.testing import image
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"no extension: {native.why_not()}")
+
+# The states of every token would be 4 to 16 times as much as u.
+CASES: dict[str, tuple[str, Callable[..., dict[str, Any]], Any]] = {
+    "selective_scan": ("selective_scan", selective.make_inputs, selective.Shape(2, 256, 4096, 16)),
+    "few_channels": ("selective_scan", selective.make_inputs, selective.Shape(1, 8, 131072, 4)),
+    "bidirectional": (
+        "bidirectional_selective_scan",
+        bidirectional.make_inputs,
+        bidirectional.Shape(4, 256, 2048, 16),
+    ),
+    "cross": ("cross_selective_scan", cross.make_inputs, cross.Shape(2, 256, 64, 64, 8)),
+}
+DIRECT = ("selective_scan", "few_channels")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()  # each has scratch memory of its own
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _leaves(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+
+
+def _taken(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Return the bytes that a piece of work held at its peak beyond what it returned, and that."""
+    held: list[Any] = []
+    before = peak_of(lambda: None, "cpu")
+    try:
+        peak = peak_of(lambda: held.append(work()), "cpu")
+    except MemoryUnknownError as error:
+        pytest.skip(str(error))
+    result = held[0] if isinstance(held[0], tuple) else (held[0],)
+    return peak - before - _bytes(result), result
+
+
+def test_the_states_of_every_token_would_show() -> None:
+    given = selective.make_inputs(CASES["selective_scan"][2])
+    taken, _ = _taken(lambda: (given["delta"].unsqueeze(-1) * given["A"].unsqueeze(1)).sum(-1))
+    assert taken > 15 * _bytes([given["u"]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_scans_take_little_beyond_inputs_and_outputs(case: str, dtype: torch.dtype) -> None:
+    name, make_inputs, shape = CASES[case]
+    function = getattr(vitzoo.kernels, name)
+    with use_backend("cpu"):
+        small = _leaves(make_inputs(type(shape)(**_at_most_4(vars(shape))), dtype))
+        function(**small).sum().backward()  # what the first call of a process loads
+        inputs = _leaves(make_inputs(shape, dtype))
+        with torch.no_grad():
+            taken, _ = _taken(lambda: function(**inputs))
+        # B and C are brought to float32, and to the order of a route
+        rows = 0 if case in DIRECT and dtype == torch.float32 else 4 * _rows(inputs)
+        assert taken < rows + 3 * MIB, f"forward: {taken / MIB:.1f} MiB, B and C are {rows / MIB:.1f}"
+        out = function(**inputs)
+        dout = image(out.shape, 7).to(dtype)
+        wanted = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
+        taken, _ = _taken(lambda: torch.autograd.grad(out, wanted, dout))
+    size = 4 * sum(x.numel() for x in wanted)  # in float32, as sums are
+    assert taken < size + 2 * MIB, f"backward: {taken / MIB:.1f} MiB, the inputs are {size / MIB:.1f}"
+
+
+def _rows(inputs: dict[str, Any]) -> int:
+    return sum(x.numel() for k, x in inputs.items() if k in ("B", "C", "B_b", "C_b"))
+
+
+def _at_most_4(sizes: dict[str, Any]) -> dict[str, Any]:
+    return {k: min(v, 4) if type(v) is int else v for k, v in sizes.items()}
