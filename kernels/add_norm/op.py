@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitzoo.kernels.add_norm import cpu
@@ -104,7 +103,7 @@ def _no_flops(*args: Any) -> int:
     return 0  # norms are elementwise work, which published counts leave out
 
 
-register(
+_call_add_rms_norm = register(
     ADD_RMS_NORM,
     "Tensor x, Tensor? residual, Tensor weight, float eps",
     ("out", "residual_out"),
@@ -114,7 +113,7 @@ register(
     saved=("residual_out",),
     autocast_wide=("residual", "weight"),
 )
-register(
+_call_add_layer_norm = register(
     ADD_LAYER_NORM,
     "Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps",
     ("out", "residual_out"),
@@ -172,7 +171,7 @@ def add_rms_norm(
     _check(x, residual, weight, None, eps)
     if exporting():
         return add_rms_norm_reference(x, residual, weight, eps)
-    out, residual_out = torch.ops.vitzoo.add_rms_norm(x, residual, weight, eps)
+    out, residual_out = _call_add_rms_norm(x, residual, weight, eps)
     return out, residual_out
 
 
@@ -202,5 +201,5 @@ def add_layer_norm(
     _check(x, residual, weight, bias, eps)
     if exporting():
         return add_layer_norm_reference(x, residual, weight, bias, eps)
-    out, residual_out = torch.ops.vitzoo.add_layer_norm(x, residual, weight, bias, eps)
+    out, residual_out = _call_add_layer_norm(x, residual, weight, bias, eps)
     return out, residual_out

@@ -48,7 +48,7 @@ def _backward_flops(dout: Any, dscores: Any, *inputs: Any) -> int:
     return _flops(*inputs) * 5 // 2
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor q, Tensor k, Tensor v, float scale",
     ("out", "scores"),
@@ -104,6 +104,6 @@ def attention_with_scores(
     _check(q, k, v)
     if scale is None:
         scale = q.shape[3] ** -0.5
-    function = reference.forward if exporting() else torch.ops.vitzoo.attention_with_scores
+    function = reference.forward if exporting() else _call
     out, scores = function(q, k, v, scale)
     return out.transpose(1, 2), scores

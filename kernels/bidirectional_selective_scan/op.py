@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitzoo.kernels.bidirectional_selective_scan import cpu
@@ -67,7 +66,7 @@ def _backward_flops(
     )
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor u, Tensor? z, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
     "Tensor delta_b, Tensor A_b, Tensor B_b, Tensor C_b, Tensor? D_b, Tensor? delta_bias_b, Tensor? u_b, "
@@ -195,4 +194,4 @@ def bidirectional_selective_scan(
         from vitzoo.kernels.bidirectional_selective_scan.onnx import bidirectional_selective_scan_export
 
         return bidirectional_selective_scan_export(*inputs)
-    return torch.ops.vitzoo.bidirectional_selective_scan(*inputs)
+    return _call(*inputs)

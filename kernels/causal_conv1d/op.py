@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitzoo.kernels.causal_conv1d import cpu, cuda
@@ -65,7 +64,7 @@ def _backward_flops(
     return (2 + silu) * _flops(x, weight)
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_states, bool silu, bool reverse, bool channels_last",
     ("out", "final_states"),
@@ -145,7 +144,7 @@ def causal_conv1d(
         out, final_states = causal_conv1d_reference(x, weight, bias, initial_states, activation, reverse)
         return (out, final_states) if return_final_states else out
     channels_last = x.shape[2] > 1 and x.stride(2) != 1 and x.stride(1) == 1
-    out, final_states = torch.ops.vitzoo.causal_conv1d(
+    out, final_states = _call(
         x.transpose(1, 2) if channels_last else x,
         weight,
         bias,

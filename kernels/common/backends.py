@@ -64,6 +64,11 @@ class Operator:
         """
         forced = _forced.get()
         reasons: list[str] = []
+        if forced is None and args and getattr(args[0], "is_cpu", False):
+            # what stands before "cpu" takes CPU tensors only when it is forced
+            for backend in self.backends:
+                if backend.name == "cpu" and backend.why_not(*args, **kwargs) is None:
+                    return self._recorded(backend)
         for backend in self.backends:
             if forced is not None and backend.name != forced:
                 continue
@@ -71,9 +76,7 @@ class Operator:
             if reason is None:
                 if backend.name == "reference" and reasons:
                     _warn_once(self.name, reasons)
-                if (record := _record.get()) is not None:
-                    record.setdefault(self.name, set()).add(backend.name)
-                return backend
+                return self._recorded(backend)
             reasons.append(f"{backend.name}: {reason}")
         if forced is not None and not reasons:
             reasons = [
@@ -81,6 +84,11 @@ class Operator:
             ]
         start = f"backend {forced!r} was asked for but cannot" if forced else "no backend can"
         raise BackendError(f"{start} run {self.name}: {'; '.join(reasons)}")
+
+    def _recorded(self, backend: Backend) -> Backend:
+        if (record := _record.get()) is not None:
+            record.setdefault(self.name, set()).add(backend.name)
+        return backend
 
 
 def _warn_once(name: str, reasons: list[str]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitzoo.kernels.common.backends import Operator, forced_backend, use_backend
+from vitzoo.kernels.common.eager import direct
 
 _LIBRARY = torch.library.Library("vitzoo", "FRAGMENT")
 # operator -> FLOPs in the convention of the scan papers' tables, from the inputs with tensors as shapes
@@ -43,8 +44,8 @@ def register(
     no_gradient: tuple[str, ...] = (),
     autocast_wide: tuple[str, ...] = (),
     autocast_cast: tuple[str, ...] = (),
-) -> Any:
-    """Register `vitzoo::<name>` and, with a gradient, `vitzoo::<name>_bwd`; return the forward operator's packet.
+) -> Callable[..., Any]:
+    """Register `vitzoo::<name>` and, with a gradient, `vitzoo::<name>_bwd`; return what calls the forward operator.
 
     A backend's run["forward"](*inputs) returns the outputs: a tensor, or a tuple where there are two or more. Its
     run["backward"](*douts, *saved outputs, *inputs) returns the gradients of the differentiable tensor inputs, in
@@ -68,9 +69,9 @@ def register(
         autocast_wide: inputs that autocast brings to at least float32.
         autocast_cast: inputs that autocast casts to its dtype. The operator stays below autocast in any case.
     """
-    name = operator.name
+    name, run = operator.name, _forward(operator, len(outputs))
     _LIBRARY.define(_schema(name, inputs, len(outputs)), tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _forward(operator, len(outputs)), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vitzoo::{name}", fake, lib=_LIBRARY)
     packet = getattr(torch.ops.vitzoo, name)
     register_flop_formula(packet)(_formula(packet, flops))
@@ -83,7 +84,7 @@ def register(
     if autocast_wide or autocast_cast:
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _register_autocast(packet, device, key, autocast_wide, autocast_cast)
-    return packet
+    return direct(packet, run)
 
 
 def _schema(name: str, inputs: str, count: int) -> str:
@@ -172,6 +173,7 @@ class _Backward:
         torch.library.register_autograd(f"vitzoo::{name}", self.refuse, lib=_LIBRARY)
         packet = getattr(torch.ops.vitzoo, name)
         register_flop_formula(packet)(_formula(packet, flops))
+        self.call = direct(packet, self.run)
 
     def _results(self, gradients: list[Tensor]) -> Any:
         return gradients[0] if len(self.wanted) == 1 else tuple(gradients)
@@ -224,7 +226,7 @@ class _Backward:
         for i, tensor in zip(self.tensors, tensors, strict=True):
             inputs[i] = tensor
         with use_backend(ctx.backend or forced_backend()):
-            results = getattr(torch.ops.vitzoo, f"{self.operator.name}_bwd")(*douts, *saved, *inputs)
+            results = self.call(*douts, *saved, *inputs)
         out: list[Tensor | None] = [None] * len(inputs)
         for i, gradient in zip(self.wanted, _as_tuple(results), strict=True):
             out[i] = None if inputs[i] is None else gradient

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import triton_support
@@ -48,7 +47,7 @@ def _nothing(*args: Any) -> int:
     return 0  # copies and sums of copies, which no table counts
 
 
-register(
+_call_cross_scan = register(
     SCAN,
     "Tensor x",
     ("out",),
@@ -56,7 +55,7 @@ register(
     flops=_nothing,
     backward_flops=_nothing,
 )
-register(
+_call_cross_merge = register(
     MERGE,
     "Tensor y, SymInt H, SymInt W",
     ("out",),
@@ -89,7 +88,7 @@ def cross_scan(x: Tensor) -> Tensor:
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, C, H, W)")
     _check_floating("x", x)
-    return cross_scan_reference(x) if exporting() else torch.ops.vitzoo.cross_scan(x)
+    return cross_scan_reference(x) if exporting() else _call_cross_scan(x)
 
 
 def cross_merge(y: Tensor, H: int, W: int) -> Tensor:
@@ -116,4 +115,4 @@ def cross_merge(y: Tensor, H: int, W: int) -> Tensor:
     if y.ndim != 4 or y.shape[1] != 4 or y.shape[3] != H * W:
         raise ValueError(f"y has shape {tuple(y.shape)}, expected (B, 4, C, H * W) = (B, 4, C, {H * W})")
     _check_floating("y", y)
-    return cross_merge_reference(y, H, W) if exporting() else torch.ops.vitzoo.cross_merge(y, H, W)
+    return cross_merge_reference(y, H, W) if exporting() else _call_cross_merge(y, H, W)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import triton_support
@@ -58,7 +57,7 @@ def _backward_flops(dout: Any, x: Any, delta: Any, A: Any, B: Any, C: Any, *opti
     return cross_selective_scan_bwd_flops(x[0], x[1], x[2] * x[3], A[2], **_options(*options))
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, bool delta_softplus",
     ("out",),
@@ -135,4 +134,4 @@ def cross_selective_scan(
     """
     _check(x, A, {"delta": delta, "B": B, "C": C, "D": D, "delta_bias": delta_bias})
     inputs: tuple[Any, ...] = (x, delta, A, B, C, D, delta_bias, delta_softplus)
-    return composed(*inputs) if exporting() else torch.ops.vitzoo.cross_selective_scan(*inputs)
+    return composed(*inputs) if exporting() else _call(*inputs)

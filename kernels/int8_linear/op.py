@@ -48,7 +48,7 @@ def _flops(x: Any, weight_int8: Any, *others: Any) -> int:
     return 2 * prod(x) * weight_int8[0]
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor x, Tensor weight_int8, Tensor weight_scale, Tensor? bias, Tensor? x_scale, Tensor? x_zero_point, "
     "str? activation, Tensor? out_scale, Tensor? out_zero_point",
@@ -190,4 +190,4 @@ def int8_linear(
         from vitzoo.kernels.int8_linear.onnx import int8_linear_export
 
         return int8_linear_export(*arguments)
-    return torch.ops.vitzoo.int8_linear(*arguments)
+    return _call(*arguments)

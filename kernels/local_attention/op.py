@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import triton_support
@@ -45,7 +44,7 @@ def _backward_flops(dout: Any, q: Any, k: Any, v: Any, kernel_size: Any, *args: 
     return 10 * prod(q) * kernel_size[0] * kernel_size[1]
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor q, Tensor k, Tensor v, int[] kernel_size, int dilation, float scale, int num_heads",
     ("out",),
@@ -112,4 +111,4 @@ def local_attention(
         raise ValueError(f"num_heads is {num_heads}, expected a positive divisor of C = {q.shape[1]}")
     if exporting():
         return local_attention_reference(q, k, v, sizes, dilation, scale, num_heads)
-    return torch.ops.vitzoo.local_attention(q, k, v, sizes, dilation, scale, num_heads)
+    return _call(q, k, v, sizes, dilation, scale, num_heads)

@@ -43,7 +43,7 @@ def _backward_flops(dout: Any, *inputs: Any) -> int:
     return _flops(*inputs) * 5 // 2
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor q, Tensor kv, int num_heads, float scale",
     ("out",),
@@ -103,5 +103,5 @@ def pooled_attention(q: Tensor, kv: Tensor, num_heads: int, scale: float | None 
     _check(q, kv, num_heads)
     if scale is None:
         scale = (q.shape[3] // num_heads) ** -0.5
-    function = pooled_attention_reference if exporting() else torch.ops.vitzoo.pooled_attention
+    function = pooled_attention_reference if exporting() else _call
     return function(q, kv, num_heads, scale)

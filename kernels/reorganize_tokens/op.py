@@ -50,7 +50,7 @@ def _backward_flops(dtokens: Any, indices: Any, *inputs: Any) -> int:
     return 2 * _flops(*inputs)
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor x, Tensor scores, SymInt keep, bool fuse",
     ("tokens", "indices"),
@@ -110,5 +110,5 @@ def reorganize_tokens(x: Tensor, scores: Tensor, keep: int, fuse: bool = False) 
     if exporting():
         index = scores.topk(keep, dim=1).indices  # ONNX's TopK puts the lower of equal scores first
         return gather_and_fuse(x, scores, index, fuse), index
-    tokens, indices = torch.ops.vitzoo.reorganize_tokens(x, scores, keep, fuse)
+    tokens, indices = _call(x, scores, keep, fuse)
     return tokens, indices

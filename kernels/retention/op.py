@@ -59,7 +59,7 @@ def _backward_flops(dout: Any, dstate: Any, q: Any, k: Any, v: Any, *options: An
     return recurrence_bwd_flops(q[0], q[1], q[2], q[3], v[3])
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor q, Tensor k, Tensor v, Tensor gammas, Tensor? initial_state, float scale, str mode, int chunk_size",
     ("out", "final_state"),
@@ -178,5 +178,5 @@ def retention(
         chunk = q.shape[1] if mode == "parallel" else chunk_size
         out, state = _exported(q, k, v, gammas, initial_state, scale, chunk)
     else:
-        out, state = torch.ops.vitzoo.retention(q, k, v, gammas, initial_state, scale, mode, chunk_size)
+        out, state = _call(q, k, v, gammas, initial_state, scale, mode, chunk_size)
     return (out, state) if return_final_state else out

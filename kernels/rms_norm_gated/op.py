@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import triton_support
@@ -36,7 +35,7 @@ def _no_flops(*args: Any) -> int:
     return 0  # norms are elementwise work, which published counts leave out
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor x, Tensor weight, Tensor? z, float eps, bool norm_before_gate",
     ("out",),
@@ -94,5 +93,5 @@ def rms_norm_gated(
     _check(x, weight, z, eps)
     if exporting():
         return rms_norm_gated_reference(x, weight, z, eps, norm_before_gate)
-    out: Tensor = torch.ops.vitzoo.rms_norm_gated(x, weight, z, eps, norm_before_gate)
+    out: Tensor = _call(x, weight, z, eps, norm_before_gate)
     return out

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import triton_support
@@ -64,7 +63,7 @@ def _backward_flops(dout: Any, dlast: Any, u: Any, delta: Any, A: Any, B: Any, C
     return selective_scan_bwd_flops(u[0], u[1], u[2], A[1], **_options(*options))
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "bool delta_softplus",
@@ -168,5 +167,5 @@ def selective_scan(
 
         out, last_state = selective_scan_export(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     else:
-        out, last_state = torch.ops.vitzoo.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        out, last_state = _call(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return (out, last_state) if return_last_state else out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import triton_support
@@ -53,7 +52,7 @@ def _backward_flops(dout: Any, dstate: Any, x: Any, dt: Any, A: Any, B: Any, *op
     return recurrence_bwd_flops(x[0], x[1], x[2], B[3], x[3])
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus",
     ("out", "final_states"),
@@ -147,5 +146,5 @@ def ssd_scan(
     if exporting():
         out, states = ssd_scan_chunked(x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     else:
-        out, states = torch.ops.vitzoo.ssd_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        out, states = _call(x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     return (out, states) if return_final_states else out

@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import isqrt, prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import triton_support
@@ -40,7 +39,7 @@ def _backward_flops(dout: Any, x: Any, weight: Any, bias: Any, stride: int) -> i
     return 4 * x[0] * prod(weight)
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor x, Tensor weight, Tensor? bias, int stride",
     ("out",),
@@ -103,4 +102,4 @@ def tv_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int
             raise ValueError(f"{name} is on {value.device}, expected the device of x, {x.device}")
     if exporting():
         return tv_conv2d_reference(x, weight, bias, stride)
-    return torch.ops.vitzoo.tv_conv2d(x, weight, bias, stride)
+    return _call(x, weight, bias, stride)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import triton_support
@@ -49,7 +48,7 @@ def _backward_flops(dout: Any, *inputs: Any) -> int:
     return _flops(*inputs) * 5 // 2
 
 
-register(
+_call = register(
     OPERATOR,
     "Tensor qkv, int num_heads, int[2] window_size, int[2] shift_size, Tensor? attn_bias, float scale, "
     "Tensor? pad_qkv, bool roll_before_pad",
@@ -62,10 +61,11 @@ register(
 
 
 def _checked_pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    numbers = (value, value) if isinstance(value, int) else value
-    if not isinstance(numbers, Sequence) or len(numbers) != 2 or not all(isinstance(n, int) for n in numbers):
+    if isinstance(value, int):
+        return value, value
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(n, int) for n in value):
         raise ValueError(f"{name} is {value!r}, expected an integer or two, (vertical, horizontal)")
-    return pair(numbers)
+    return pair(value)
 
 
 def _check(
@@ -151,5 +151,5 @@ def window_attention(
     _check(qkv, num_heads, window, shift, attn_bias, pad_qkv)
     if scale is None:
         scale = (qkv.shape[3] // (3 * num_heads)) ** -0.5
-    function = window_attention_reference if exporting() else torch.ops.vitzoo.window_attention
+    function = window_attention_reference if exporting() else _call
     return function(qkv, num_heads, window, shift, attn_bias, scale, pad_qkv, roll_before_pad)
