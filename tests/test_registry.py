@@ -114,3 +114,21 @@ def test_a_family_that_is_refused(changes: dict, message: str) -> None:
         registry.register_family(_family(**changes))
     assert registry.family_of("vitzoo_trial_model") is None
     assert "trial" not in [f.name for f in registry.families()]
+
+
+@pytest.mark.parametrize(
+    ("name", "top1"),
+    [("deit_small_patch16_224", 79.9), ("swin_tiny_patch4_window7_224", 81.2), ("convnext_tiny", 82.1)],
+)
+def test_published_accuracy_of_timms_models_names_its_source(name: str, top1: float) -> None:
+    figures = vitzoo.model_info(name)
+    assert figures.top1 == top1
+    assert "README" in figures.source
+
+
+def test_every_published_accuracy_has_a_model_and_a_source() -> None:
+    known = [(m, p) for f in registry.families() for m, p in f.models.items() if p.top1 is not None]
+    assert len(known) > 40
+    for name, figures in known:
+        assert 50 < figures.top1 < 90, name
+        assert figures.source, name
