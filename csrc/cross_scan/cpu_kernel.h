@@ -1,6 +1,6 @@
 // Cross-scan and cross-merge for one instruction set. A plane is walked in square tiles of W rows and W
 // columns that are transposed in registers; both orders and both directions of a tile are written (or read)
-// while it is there, so that each pixel of the map is touched once.
+// while it is there, so that each pixel of the map is touched once, or twice where the last tiles overlap.
 #pragma once
 
 #include "../common/simd_memory.h"
@@ -31,11 +31,12 @@ VITZOO_INLINE void store_back(S* p, Vec<T> v, int count) {
   }
 }
 
-// The opposite: p, p - 1 and so on; the other lanes are zero.
+// The opposite: base[at], base[at - 1] and so on; the other lanes are of no use.
 template <class T, class S>
-VITZOO_INLINE Vec<T> load_back(const S* p, int count) {
+VITZOO_INLINE Vec<T> load_back(const S* base, int64_t at, int count) {
   constexpr int W = Simd<T>::W;
-  if (count == W) {
+  const S* const p = base + at;
+  if (at >= W - 1) {
     return mirrored(load_row<T>(p - (W - 1), W), typename MakeLanes<W>::type());
   }
   T values[W] = {};
@@ -52,6 +53,12 @@ struct Plane {
   int64_t step;         // between sequences
 };
 
+// Where a tile starts: the last one of a line of whole tiles overlaps the one before.
+template <int W>
+VITZOO_INLINE int64_t tile_start(int64_t i, int64_t size) {
+  return size - i < W && size >= W ? size - W : i;
+}
+
 // Calls f(plane, row, rows, column, columns) for the tiles of planes [begin, end).
 template <int W, class F>
 VITZOO_INLINE void for_tiles(const CrossScanArgs& k, int64_t begin, int64_t end, const F& f) {
@@ -59,10 +66,10 @@ VITZOO_INLINE void for_tiles(const CrossScanArgs& k, int64_t begin, int64_t end,
   for (int64_t item = begin; item < end; ++item) {
     const int64_t batch = item / k.channels, channel = item % k.channels;
     const Plane plane{item * size, (batch * 4 * k.channels + channel) * size, k.channels * size};
+    const int rows = k.height < W ? int(k.height) : W, columns = k.width < W ? int(k.width) : W;
     for (int64_t i = 0; i < k.height; i += W) {
-      const int rows = k.height - i < W ? int(k.height - i) : W;
       for (int64_t j = 0; j < k.width; j += W) {
-        f(plane, i, rows, j, k.width - j < W ? int(k.width - j) : W);
+        f(plane, tile_start<W>(i, k.height), rows, tile_start<W>(j, k.width), columns);
       }
     }
   }
@@ -103,7 +110,9 @@ inline void merge_of(const CrossScanArgs& k, int64_t begin, int64_t end) {
   for_tiles<W>(k, begin, end,
                [&](const Plane& plane, int64_t i, int rows, int64_t j, int columns)
                    __attribute__((always_inline)) {
-                     const S* const y = static_cast<const S*>(k.routes) + plane.routes;
+                     const S* const all = static_cast<const S*>(k.routes);
+                     const S* const y = all + plane.routes;
+                     const int64_t behind = plane.routes + last;
                      S* const out = static_cast<S*>(k.map) + plane.map;
                      Vec<T> v[W];
                      for (int c = 0; c < W; ++c) {
@@ -112,13 +121,13 @@ inline void merge_of(const CrossScanArgs& k, int64_t begin, int64_t end) {
                      for (int c = 0; c < columns; ++c) {
                        const int64_t place = (j + c) * k.height + i;
                        v[c] = load_row<T>(y + plane.step + place, rows) +
-                              load_back<T>(y + 3 * plane.step + last - place, rows);
+                              load_back<T>(all, behind + 3 * plane.step - place, rows);
                      }
                      transpose_step<T, 1>(v);
                      for (int r = 0; r < rows; ++r) {
                        const int64_t place = (i + r) * k.width + j;
                        const Vec<T> along = load_row<T>(y + place, columns) +
-                                            load_back<T>(y + 2 * plane.step + last - place, columns);
+                                            load_back<T>(all, behind + 2 * plane.step - place, columns);
                        store_row<T>(out + place, along + v[r], columns);
                      }
                    });

@@ -31,6 +31,7 @@ SHAPES: dict[str, Shape] = {
     "row": Shape(1, 4, 1, 37),
     "column": Shape(1, 4, 33, 1),
     "odd": Shape(3, 5, 17, 35),
+    "small_map": Shape(2, 3, 7, 14),
     "wide": Shape(2, 3, 16, 48),
 }
 # The models' own sizes, for benchmarks.
