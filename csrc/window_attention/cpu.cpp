@@ -33,8 +33,8 @@ MapView map_of(const Tensor& x, const char* name, const WindowAttentionArgs& k, 
 }
 
 WindowAttentionArgs inputs(const Tensor& qkv, int64_t heads, int64_t window_h, int64_t window_w,
-                           int64_t shift_h, int64_t shift_w, const Optional& bias, double scale,
-                           const Optional& pad, bool roll_first) {
+                           int64_t shift_h, int64_t shift_w, const Optional& bias, const Optional& bias_t,
+                           double scale, const Optional& pad, bool roll_first) {
   WindowAttentionArgs k{};
   STD_TORCH_CHECK(qkv.dim() == 4 && heads > 0 && qkv.size(3) % (3 * heads) == 0,
                   "qkv must be (B, H, W, 3 * heads * head_dim)");
@@ -60,32 +60,42 @@ WindowAttentionArgs inputs(const Tensor& qkv, int64_t heads, int64_t window_h, i
                     "pad_qkv must be (3 * C) of the dtype of qkv, contiguous");
     k.pad = pad->data_ptr();
   }
+  STD_TORCH_CHECK(bias.has_value() == bias_t.has_value(), "bias_t is wanted exactly when bias is given");
   if (bias.has_value()) {
-    k.bias_ld = bias->size(2);
     const int64_t tokens = window_h * window_w;
-    STD_TORCH_CHECK(k.bias_ld % 16 == 0 && k.bias_ld >= tokens, "the bias's rows are not padded");
-    k.bias = pointer_of(*bias, "bias", heads * tokens * k.bias_ld, kind == Kind::f64);
+    k.bias_ld = (tokens + 15) / 16 * 16;
+    k.bias = pointer_of(*bias, "bias", heads * tokens * tokens, kind == Kind::f64);
+    k.bias_t = pointer_of(*bias_t, "bias_t", heads * tokens * k.bias_ld, kind == Kind::f64);
   }
   return k;
 }
 
+void transpose_bias(const WindowAttentionArgs& k, const WindowAttentionKernels& kernels) {
+  if (k.bias != nullptr) {
+    run_items(k.qkv.kind == Kind::f64 ? kernels.bias_f64 : kernels.bias_f32, k, k.heads,
+              sizeof(void*) * size_t(k.window_h * k.window_w));
+  }
+}
+
 void window_attention_fwd_cpu(Tensor qkv, int64_t heads, int64_t window_h, int64_t window_w, int64_t shift_h,
-                              int64_t shift_w, Optional bias, double scale, Optional pad, bool roll_first,
-                              Tensor out) {
+                              int64_t shift_w, Optional bias, Optional bias_t, double scale, Optional pad,
+                              bool roll_first, Tensor out) {
   WindowAttentionArgs k =
-      inputs(qkv, heads, window_h, window_w, shift_h, shift_w, bias, scale, pad, roll_first);
+      inputs(qkv, heads, window_h, window_w, shift_h, shift_w, bias, bias_t, scale, pad, roll_first);
   k.out = map_of(out, "out", k, heads * k.head_dim, k.qkv.kind);
   const WindowAttentionKernels& kernels =
       select(window_attention_baseline, window_attention_avx2, window_attention_avx512);
+  transpose_bias(k, kernels);
   run_items(k.qkv.kind == Kind::f64 ? kernels.forward_f64 : kernels.forward_f32, k,
             k.batch * window_attention_windows(k), window_attention_scratch(k, false));
 }
 
 void window_attention_bwd_cpu(Tensor dout, Tensor qkv, int64_t heads, int64_t window_h, int64_t window_w,
-                              int64_t shift_h, int64_t shift_w, Optional bias, double scale, Optional pad,
-                              bool roll_first, int64_t parts, Tensor dqkv, Optional dbias, Optional dpad) {
+                              int64_t shift_h, int64_t shift_w, Optional bias, Optional bias_t, double scale,
+                              Optional pad, bool roll_first, int64_t parts, Tensor dqkv, Optional dbias,
+                              Optional dpad) {
   WindowAttentionArgs k =
-      inputs(qkv, heads, window_h, window_w, shift_h, shift_w, bias, scale, pad, roll_first);
+      inputs(qkv, heads, window_h, window_w, shift_h, shift_w, bias, bias_t, scale, pad, roll_first);
   const bool wide = k.qkv.kind == Kind::f64;
   const int64_t channels = heads * k.head_dim;
   k.dout = map_of(dout, "dout", k, channels, k.qkv.kind);
@@ -98,6 +108,7 @@ void window_attention_bwd_cpu(Tensor dout, Tensor qkv, int64_t heads, int64_t wi
   k.dpad = pointer_of(dpad, "dpad", parts * 3 * channels, wide);
   const WindowAttentionKernels& kernels =
       select(window_attention_baseline, window_attention_avx2, window_attention_avx512);
+  transpose_bias(k, kernels);
   run_items(wide ? kernels.backward_f64 : kernels.backward_f32, k, parts * heads,
             window_attention_scratch(k, true));
 }
@@ -108,11 +119,11 @@ void window_attention_bwd_cpu(Tensor dout, Tensor qkv, int64_t heads, int64_t wi
 STABLE_TORCH_LIBRARY_FRAGMENT(vitzoo_native, m) {
   m.def(
       "window_attention_fwd(Tensor qkv, int heads, int window_h, int window_w, int shift_h, int shift_w, "
-      "Tensor? bias, float scale, Tensor? pad, bool roll_first, Tensor(a!) out) -> ()");
+      "Tensor? bias, Tensor(a!)? bias_t, float scale, Tensor? pad, bool roll_first, Tensor(b!) out) -> ()");
   m.def(
       "window_attention_bwd(Tensor dout, Tensor qkv, int heads, int window_h, int window_w, int shift_h, "
-      "int shift_w, Tensor? bias, float scale, Tensor? pad, bool roll_first, int parts, Tensor(a!) dqkv, "
-      "Tensor(b!)? dbias, Tensor(c!)? dpad) -> ()");
+      "int shift_w, Tensor? bias, Tensor(a!)? bias_t, float scale, Tensor? pad, bool roll_first, int parts, "
+      "Tensor(b!) dqkv, Tensor(c!)? dbias, Tensor(d!)? dpad) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vitzoo_native, CPU, m) {

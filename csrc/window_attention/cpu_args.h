@@ -15,8 +15,7 @@ struct MapView {
   Kind kind = Kind::f32;
 };
 
-// T is float, or double where qkv is double. M = window_h * window_w; a bias is transposed, (heads, M keys, M
-// queries) with bias_ld elements a key, and in units of log 2.
+// T is float, or double where qkv is double. M = window_h * window_w.
 struct WindowAttentionArgs {
   int64_t batch, height, width, heads, head_dim;
   int64_t window_h, window_w, shift_h, shift_w;
@@ -24,8 +23,9 @@ struct WindowAttentionArgs {
   double scale;
   MapView qkv, out;
   const void* pad;   // (3 * channels) of the kind of qkv, or null: zeros
-  const void* bias;  // T, or null
-  int64_t bias_ld;
+  const void* bias;  // T (heads, M queries, M keys), or null
+  void* bias_t;      // T (heads, M keys, bias_ld): the bias transposed, in units of log 2; or null
+  int64_t bias_ld;   // M rounded up to the widest vector
 
   // The rest belongs to the backward pass.
   MapView dout, dqkv;
@@ -34,12 +34,13 @@ struct WindowAttentionArgs {
   void* dpad;     // T (parts, 3 * channels), or null
 };
 
-// One pass over work items [begin, end): images and windows forward, parts and heads backward.
+// One pass over work items [begin, end): heads to transpose the bias, images and windows forward, parts and
+// heads backward.
 using WindowAttentionPass = void (*)(const WindowAttentionArgs& args, int64_t begin, int64_t end,
                                      void* scratch);
 
 struct WindowAttentionKernels {
-  WindowAttentionPass forward_f32, forward_f64, backward_f32, backward_f64;
+  WindowAttentionPass bias_f32, bias_f64, forward_f32, forward_f64, backward_f32, backward_f64;
 };
 
 extern const WindowAttentionKernels window_attention_baseline, window_attention_avx2, window_attention_avx512;

@@ -101,14 +101,27 @@ inline Extras<T> extras_of(const WindowAttentionArgs& k, const Window<T>& w, boo
                            int64_t q0) {
   Extras<T> extras;
   extras.ldb = k.bias_ld;
-  if (k.bias != nullptr) {
-    extras.bias = static_cast<const T*>(k.bias) + head * w.tokens * k.bias_ld + q0;
+  if (k.bias_t != nullptr) {
+    extras.bias = static_cast<const T*>(k.bias_t) + head * w.tokens * k.bias_ld + q0;
   }
   if (masked) {
     extras.key_region = w.region;
     extras.query_region = w.region + q0;
   }
   return extras;
+}
+
+template <class T>
+inline void bias_pass(const WindowAttentionArgs& k, int64_t begin, int64_t end, void* memory) {
+  const int64_t tokens = k.window_h * k.window_w;
+  const void** const rows = static_cast<const void**>(memory);
+  for (int64_t head = begin; head < end; ++head) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      rows[i] = static_cast<const T*>(k.bias) + (head * tokens + i) * tokens;
+    }
+    pack_columns<T>({rows, 0, sizeof(T) == 8 ? Kind::f64 : Kind::f32}, tokens, tokens, T(kLog2e),
+                    static_cast<T*>(k.bias_t) + head * tokens * k.bias_ld, k.bias_ld);
+  }
 }
 
 template <class T>
@@ -194,7 +207,8 @@ inline void backward_pass(const WindowAttentionArgs& k, int64_t begin, int64_t e
   }
 }
 
-const vitzoo::WindowAttentionKernels kKernels = {forward_pass<float>, forward_pass<double>,
+const vitzoo::WindowAttentionKernels kKernels = {bias_pass<float>,     bias_pass<double>,
+                                                 forward_pass<float>,  forward_pass<double>,
                                                  backward_pass<float>, backward_pass<double>};
 
 }  // namespace

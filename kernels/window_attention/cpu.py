@@ -1,4 +1,4 @@
-"""Window attention on the CPU in C++ (csrc/window_attention): prepares the bias and allocates what comes out."""
+"""Window attention on the CPU in C++ (csrc/window_attention): allocates what comes out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Work items that the backward pass aims at. The windows of a part are added up by one item, the parts in a fixed order
 # afterwards: the gradients of the bias do not depend on the number of threads.
 BACKWARD_ITEMS = 64
-LANES = 16  # rows of the bias are padded to the widest vector
+LANES = 16  # rows of the transposed bias are padded to the widest vector
 
 
 def why_not(qkv: Tensor | None = None, *args: object) -> str | None:
@@ -32,14 +32,13 @@ def _channels_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _transposed_bias(attn_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return the bias with keys before queries, in units of log 2, its rows padded with zeros."""
+def _bias(attn_bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Return the bias, contiguous, and memory for it with keys before queries."""
     if attn_bias is None:
-        return None
+        return None, None
     heads, area, _ = attn_bias.shape
-    padded = torch.zeros((heads, area, -(-area // LANES) * LANES), dtype=dtype)
-    torch.mul(attn_bias.transpose(1, 2).to(dtype), math.log2(math.e), out=padded[..., :area])
-    return padded
+    transposed = torch.empty((heads, area, -(-area // LANES) * LANES), dtype=dtype)
+    return attn_bias.detach().to(dtype).contiguous(), transposed
 
 
 def _options(
@@ -53,8 +52,8 @@ def _options(
     roll_before_pad: bool,
 ) -> tuple[object, ...]:
     pad = None if pad_qkv is None else pad_qkv.detach().to(qkv.dtype).contiguous()
-    bias = _transposed_bias(attn_bias, compute_dtype(qkv))
-    return (num_heads, *window_size, *shift_size, bias, scale, pad, roll_before_pad)
+    bias = _bias(attn_bias, compute_dtype(qkv))
+    return (num_heads, *window_size, *shift_size, *bias, scale, pad, roll_before_pad)
 
 
 def forward(qkv: Tensor, *options: object) -> Tensor:
@@ -77,7 +76,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of qkv, attn_bias and pad_qkv; None for absent ones."""
     options = _options(qkv, num_heads, window_size, shift_size, attn_bias, scale, pad_qkv, roll_before_pad)
-    bias = options[5]
+    transposed = options[6]
     batch, height, width, channels = qkv.shape
     windows = batch * math.prod(
         padded_size(s, w) // w for s, w in zip((height, width), window_size, strict=True)
@@ -85,7 +84,7 @@ def backward(
     parts = max(1, min(windows, -(-BACKWARD_ITEMS // num_heads)))
     dtype = compute_dtype(qkv)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-    dbias = torch.empty((parts, *bias.shape), dtype=dtype) if isinstance(bias, Tensor) else None
+    dbias = torch.empty((parts, *transposed.shape), dtype=dtype) if isinstance(transposed, Tensor) else None
     dpad = None if pad_qkv is None else torch.empty((parts, channels), dtype=dtype)
     torch.ops.vitzoo_native.window_attention_bwd(
         _channels_last(dout.to(qkv.dtype)), _channels_last(qkv), *options, parts, dqkv, dbias, dpad
