@@ -105,7 +105,7 @@ class HiLo(nn.Module):
                 f"x has {x.shape[1]} tokens, a {height}x{width} map has {height * width}: "
                 "pass the map's (H, W)"
             )
-        x = x.unflatten(1, (height, width))
+        x = x.reshape(x.shape[0], height, width, x.shape[2])
         if not self.h_heads:
             x = self._lofi(x)
         elif not self.l_heads:
