@@ -41,6 +41,14 @@ struct Item {
 };
 
 template <class T>
+inline void pack_keys_and_values(const AttentionArgs& k, const Item& item, void** rows, T* keys, T* values) {
+  find_rows(k.k, item.batch, item.head, 0, k.keys, rows);
+  pack_rows<T>({rows, 0, k.k.kind}, k.keys, k.head_dim, keys);
+  find_rows(k.v, item.batch, item.head, 0, k.keys, rows);
+  pack_rows<T>({rows, 0, k.v.kind}, k.keys, k.head_dim, values);
+}
+
+template <class T>
 inline void forward_pass(const AttentionArgs& k, int64_t begin, int64_t end, void* memory) {
   const int64_t d = k.head_dim, dp = round_up<T>(d);
   Arena<T> arena{static_cast<T*>(memory)};
@@ -52,10 +60,9 @@ inline void forward_pass(const AttentionArgs& k, int64_t begin, int64_t end, voi
   const ForwardScratch<T> scratch(arena, d);
   for (int64_t number = begin; number < end; ++number) {
     const Item item(k, number);
-    find_rows(k.k, item.batch, item.head, 0, k.keys, rows);
-    pack_rows<T>({rows, 0, k.k.kind}, k.keys, d, keys);
-    find_rows(k.v, item.batch, item.head, 0, k.keys, rows);
-    pack_rows<T>({rows, 0, k.v.kind}, k.keys, d, values);
+    if (number == begin || item.part == 0) {
+      pack_keys_and_values(k, item, rows, keys, values);
+    }
     for (int64_t q0 = item.begin; q0 < item.end; q0 += k.block) {
       const int64_t count = item.end - q0 < k.block ? item.end - q0 : k.block;
       find_rows(k.q, item.batch, item.head, q0, count, q_rows);
@@ -84,10 +91,9 @@ inline void backward_pass(const AttentionArgs& k, int64_t begin, int64_t end, vo
   const T scale = T(k.scale);
   for (int64_t number = begin; number < end; ++number) {
     const Item item(k, number);
-    find_rows(k.k, item.batch, item.head, 0, k.keys, rows);
-    pack_rows<T>({rows, 0, k.k.kind}, k.keys, d, keys);
-    find_rows(k.v, item.batch, item.head, 0, k.keys, rows);
-    pack_rows<T>({rows, 0, k.v.kind}, k.keys, d, values);
+    if (number == begin || item.part == 0) {
+      pack_keys_and_values(k, item, rows, keys, values);
+    }
     zero(dkeys, size);
     zero(dvalues, size);
     Gradients<T> gradients{dkeys, dvalues};

@@ -14,7 +14,7 @@ why_not = attention.why_not
 def forward(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> Tensor:
     """Return the attention's output, (B, H, W, C)."""
     out = torch.empty(q.shape, dtype=q.dtype)
-    attention.forward(*split_heads(q, kv, num_heads), scale, split_heads(out, kv, num_heads)[0], None)
+    attention.forward_of_maps(q, kv, num_heads, scale, out)
     return out
 
 

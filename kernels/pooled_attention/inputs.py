@@ -33,6 +33,7 @@ class Shape:
 
 SHAPES: dict[str, Shape] = {
     "one_token": Shape(1, 1, 1, 1, 1, 1, 1),
+    "column": Shape(2, 5, 1, 3, 1, 1, 1),
     "one_key": Shape(2, 3, 2, 1, 1, 2, 3),
     "lofi": Shape(2, 6, 8, 3, 4, 2, 8),
     "odd": Shape(3, 5, 7, 3, 3, 3, 5),

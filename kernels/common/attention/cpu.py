@@ -10,9 +10,10 @@ from vitzoo.kernels.common.attention.reference import compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BLOCK = 64  # queries at once
-# Work items that the backward pass aims at. Each adds up the gradients of keys and values over its own queries; these
-# partial sums are added in a fixed order: the result does not depend on the number of threads.
-BACKWARD_ITEMS = 16
+# Work items that the backward pass aims at, no more than one image of a ViT-B has heads: each part of a head packs its
+# keys and has gradients of keys and values of its own. These are added in a fixed order, so that the result does not
+# depend on the number of threads.
+BACKWARD_ITEMS = 12
 # Elements of the two strips of scores, (keys, block), that the backward pass keeps: half a MiB of float32.
 STRIP = 1 << 16
 
@@ -32,8 +33,10 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, first_rows: Tensor | None) -> None:
-    """Write softmax(scale q k^T) v to `out`, and the weights of query 0.
+def forward_with_scores(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, first_rows: Tensor, scores: Tensor
+) -> None:
+    """Write softmax(scale q k^T) v to `out`, the weights of query 0, and their mean over heads.
 
     Args:
         q: queries, (B, heads, L, head_dim), any strides.
@@ -41,10 +44,32 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, first_ro
         v: values, likewise.
         scale: factor of the products.
         out: (B, heads, L, head_dim), a view with contiguous head_dim.
-        first_rows: (B, heads, keys), contiguous, in the compute dtype; None if not wanted.
+        first_rows: (B, heads, keys), contiguous, in the compute dtype.
+        scores: (B, keys - 1), without the weight of key 0, contiguous, in the compute dtype.
     """
-    q, k, v = (_rows(x, q.dtype) for x in (q, k, v))
-    torch.ops.vitzoo_native.attention_fwd(q, k, v, scale, BLOCK, out, first_rows)
+    rows = (_rows(x, q.dtype) for x in (q, k, v))
+    torch.ops.vitzoo_native.attention_with_scores_fwd(*rows, scale, BLOCK, out, first_rows, scores)
+
+
+def forward_of_maps(q: Tensor, kv: Tensor, num_heads: int, scale: float, out: Tensor) -> None:
+    """Write softmax(scale q k^T) v to `out`, read from maps.
+
+    Args:
+        q: queries, (B, H, W, C), any strides.
+        kv: keys and values, (B, h, w, 2*C), channels ordered (k, v) x head x head_dim.
+        num_heads: heads.
+        scale: factor of the products.
+        out: (B, H, W, C), contiguous.
+    """
+    maps = (x if _in_line(x) else x.contiguous() for x in (q, _rows(kv, q.dtype)))
+    torch.ops.vitzoo_native.pooled_attention_fwd(*maps, num_heads, scale, BLOCK, out)
+
+
+def _in_line(x: Tensor) -> bool:
+    """Return whether the rows of a map (B, H, W, C) follow one another in memory, its channels contiguous."""
+    _, row, column, channel = x.stride()
+    _, height, width, channels = x.shape
+    return (channel == 1 or channels == 1) and (height == 1 or width == 1 or row == width * column)
 
 
 def backward(
