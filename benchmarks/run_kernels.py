@@ -3,7 +3,8 @@
     python benchmarks/run_kernels.py --threads 2 --output benchmarks/results/kernels.json
 
 A shape is timed only after its output and gradients have been compared with the float64 reference. The baseline of the
-backward pass is autograd through the reference.
+backward pass is autograd through the reference. Where an operator's inputs.py knows a floor of its forward pass, work
+that no implementation on the CPU can do without, that is timed in the same run.
 """
 
 from __future__ import annotations
@@ -119,6 +120,12 @@ def check(name: str, backend: str, inputs: dict[str, Any], differentiable: bool)
         torch.testing.assert_close(ours, theirs, **bounds)
 
 
+def floor(name: str, shape: Any) -> Callable[[], Any] | None:
+    """Return a call that does the least work of an operator's forward pass on the CPU, or None where none is known."""
+    make = getattr(modules(name)[0], "floor_call", None)
+    return None if make is None else make(shape)
+
+
 def measure(name: str, label: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """Check and time one operator at one shape with every backend that runs here, against every baseline."""
     shapes, make_inputs = shapes_and_inputs(name)
@@ -137,17 +144,25 @@ def measure(name: str, label: str, dtype: torch.dtype, rounds: int) -> list[dict
         calls = {
             k: make(f, adapted[k](inputs) if k in adapted else inputs) for k, f in (ours | against).items()
         }
+        least = floor(name, shapes[label]) if kind == "forward" else None
+        if least is not None and "cpu" in ours:
+            calls["floor"] = least
         times = compare(calls, seconds=SECONDS, min_rounds=rounds)
         for backend, baseline in itertools.product(ours, against):
             ratio = times[backend].ratio_to(times[baseline])
             row = {"operator": name, "shape": label, "sizes": vars(shapes[label])}
             row |= {"dtype": str(dtype).removeprefix("torch."), "pass": kind, "backend": backend}
             pair = {which: summary(times[which]) for which in (backend, baseline)}
+            above = ""
+            if backend == "cpu" and "floor" in calls:
+                row["times_floor"] = times["floor"].ratio_to(times[backend])
+                pair["floor"] = summary(times["floor"])
+                above = f", {row['times_floor']:.2f} times the floor"
             rows.append(row | {"baseline": baseline, "ratio": ratio, "times": pair})
             print(
                 f"{name:16} {label:20} {row['dtype']:9} {kind:17} {backend:5} "
                 f"{1e3 * times[backend].median:9.2f} ms, {baseline} {1e3 * times[baseline].median:9.2f} ms, "
-                f"{ratio:5.1f}x",
+                f"{ratio:5.1f}x{above}",
                 file=sys.stderr,
             )
     return rows

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from vitzoo.kernels.common import native
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,13 @@ SHAPES: dict[str, Shape] = {
     "constant": Shape(2, 19, 35, 6, groups=-1),
     "wide_state": Shape(1, 18, 21, 64, has_z=False),
     "two_chunks": Shape(1, 17, 300, 3),
+    "few_channels": Shape(1, 5, 1101, 3),
 }
 # The models' own sizes, for benchmarks.
 MODEL_SHAPES: dict[str, Shape] = {
     "vim_small": Shape(8, 768, 197, 16),
     "vim_tiny_b1": Shape(1, 384, 197, 16),
+    "few_channels": Shape(1, 16, 4096, 16),
     "vmamba_tiny_stage1": Shape(2, 768, 3136, 1, groups=4, has_z=False),
 }
 
@@ -94,3 +99,18 @@ def make_inputs(
         "delta_bias": normal(dim, of=wide) - 3 if shape.has_delta_bias else None,
         "delta_softplus": shape.delta_softplus,
     }
+
+
+def floor_call(shape: Shape) -> Callable[[], None] | None:
+    """Return a call that does what no scan on the CPU can do without: B D L N exponentials, and nothing else.
+
+    It runs the polynomial of the C++ kernels in a bare loop over all cores. None without the extension.
+
+    Args:
+        shape: of the scan; the count is rounded up to whole work items, of 8192 exponentials on AVX2.
+    """
+    if native.why_not() is not None:
+        return None
+    each = torch.ops.vitzoo_native.scan_exponentials(0)
+    items = -(-shape.batch * shape.dim * shape.seqlen * shape.dstate // each)
+    return lambda: torch.ops.vitzoo_native.scan_exponentials(items)
