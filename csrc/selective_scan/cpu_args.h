@@ -16,6 +16,7 @@ struct SelectiveScanArgs {
   int64_t parts;           // pieces of a group, one work item each per image
   int64_t part_channels;   // channels of a piece (the last may be shorter), so that piece p starts at p *
                            // part_channels
+  int64_t pieces;          // stretches of tokens that keep sums of their own in the backward pass
   bool delta_softplus;
   bool constant_b, constant_c;
   View u, delta, z, out;   // (batch, dim, seqlen)
@@ -29,15 +30,36 @@ struct SelectiveScanArgs {
   // The rest belongs to the backward pass.
   View dout, du, ddelta, dz;
   const void* dlast_state;  // (batch, dim, dstate), or null
-  void* da;                 // (batch, dim, dstate): sums over tokens, still to be added up over the batch
-  void* db;                 // (batch, parts, groups, dstate, seqlen), or (batch, dim, dstate) where constant
-  void* dc;                 // likewise
-  void* dd;                 // (batch, dim), or null
-  void* ddelta_bias;        // (batch, dim), or null
+  void* da;                 // (batch, pieces, dim, dstate): sums over tokens, still to be added up
+  void* db;  // (batch, parts, groups, dstate, seqlen), or (batch, pieces, dim, dstate) where constant
+  void* dc;  // likewise
+  void* dd;  // (batch, pieces, dim), or null
+  void* ddelta_bias;  // (batch, pieces, dim), or null
 };
 
 // One pass over work items [begin, end) of batch * groups * parts.
 using SelectiveScanPass = void (*)(const SelectiveScanArgs& args, int64_t begin, int64_t end, void* scratch);
+
+// A scan of few channels, divided along its tokens. A piece is known by the states that it leaves when it
+// starts from zero and by the sum of its steps, which gives their decay; these of all pieces are carried one
+// to the next, and every piece is then run from the states before it.
+struct DividedScanArgs {
+  const SelectiveScanArgs* scan;
+  int64_t tokens, pieces;  // of a piece, a multiple of kBackwardTokens (the last may be shorter); how many
+  int64_t block, blocks;   // pieces that a work item of the forward pass runs; how many of these there are
+  void* states;            // (batch, pieces + 1, dim, dstate): before each piece, and after the last
+  void* steps;             // (batch, pieces, dim): their sum over a piece
+  void* gradients;  // (batch, pieces, dim, dstate): of the states after each piece; null in the forward pass
+};
+
+// One pass over work items [begin, end), each a block of pieces of a work item of the undivided scan; over
+// these themselves in `carry`.
+using DividedScanPass = void (*)(const DividedScanArgs& args, int64_t begin, int64_t end, void* scratch);
+
+struct DividedScanKernels {
+  DividedScanPass first, carry, second;  // of the forward pass
+  DividedScanPass outline, carry_both, backward;
+};
 
 // Several routes over the tokens of one input, whose outputs are added up.
 struct RoutedScanArgs {
@@ -54,6 +76,7 @@ using RoutedScanPass = void (*)(const RoutedScanArgs& args, int64_t begin, int64
 struct SelectiveScanKernels {
   SelectiveScanPass forward_f32, forward_f64, backward_f32, backward_f64;
   RoutedScanPass routed_forward_f32, routed_forward_f64, routed_backward_f32, routed_backward_f64;
+  DividedScanKernels divided_f32, divided_f64;
   // The bare loop that the scan is measured against: for each work item the decays of 64 tokens, 16 states
   // and a vector of channels, written over and over to the same 64 vectors. Returns the exponentials of one
   // item.
@@ -69,7 +92,7 @@ constexpr int64_t kBackwardTokens = 256;  // tokens whose states a backward pass
 
 // Bytes a thread needs, for the widest vectors (64 bytes).
 inline size_t selective_scan_forward_scratch(int64_t dstate) {
-  return 64 * (4 * size_t(kForwardTokens + 2) + 2 * size_t(dstate));
+  return 64 * (4 * size_t(kForwardTokens + 2) + 4 * size_t(dstate));
 }
 inline size_t selective_scan_backward_scratch(int64_t dstate, int64_t seqlen) {
   const size_t chunks = size_t(seqlen + kBackwardTokens - 1) / size_t(kBackwardTokens);

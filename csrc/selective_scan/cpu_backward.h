@@ -169,8 +169,8 @@ VITZOO_INLINE void find_bounds(const SelectiveScanArgs& k, const Tile& tile, con
       w.drive[t] = w.s[t] * w.x[t];
       w.y[t] = Vec<T>{};
     }
-    advance_all<T, true, CB, CC>(k, tile, token, kBackwardTokens, w.s, w.drive, w.rate2, w.state, w.y,
-                                 [](int64_t, int64_t) __attribute__((always_inline)) {});
+    advance_all<T, true, CB, CC, false>(k, tile, token, kBackwardTokens, w.s, w.drive, w.rate2, w.state,
+                                        nullptr, w.y, [](int64_t, int64_t) __attribute__((always_inline)) {});
     Vec<T>* const next = w.bounds + (token / kBackwardTokens + 1) * k.dstate;
     for (int64_t n = 0; n < k.dstate; ++n) {
       next[n] = w.state[n];
@@ -233,8 +233,8 @@ VITZOO_INLINE void backward_chunk(const SelectiveScanArgs& k, const Tile& tile, 
 
 template <class T, bool CB, bool CC>
 VITZOO_INLINE void end_backward(const SelectiveScanArgs& k, const Tile& tile, const Backward<T>& w,
-                                const ChannelSums<T>& own) {
-  const int64_t states = tile.batch * k.dim * k.dstate, channels = tile.batch * k.dim;
+                                const ChannelSums<T>& own, int64_t piece) {
+  const int64_t channels = (tile.batch * k.pieces + piece) * k.dim, states = channels * k.dstate;
   for (int64_t n = 0; n < k.dstate; ++n) {
     store_lanes<T>(static_cast<T*>(k.da) + states, tile, k.dstate, n, w.da[n]);
     if constexpr (CB) {
@@ -263,37 +263,46 @@ VITZOO_INLINE void open_gate(const Vec<T>* z, Vec<T>* dout, Vec<T>* slope, int64
   }
 }
 
+// The gradients of a chunk of tokens that holds the states before it in w.bounds and the gradient of those
+// after it in w.carry.
+template <class T, bool CB, bool CC>
+VITZOO_INLINE void run_chunk(const SelectiveScanArgs& k, const Tile& tile, const Backward<T>& w,
+                             ChannelSums<T>& own, int64_t chunk) {
+  const bool gated = k.z.data != nullptr;
+  const int64_t token = chunk * kBackwardTokens, rest = k.seqlen - token,
+                count = rest < kBackwardTokens ? rest : kBackwardTokens;
+  load_tile(k.delta, tile.batch, tile.channel, tile.width, token, count, w.s);
+  load_tile(k.u, tile.batch, tile.channel, tile.width, token, count, w.x);
+  load_tile(k.dout, tile.batch, tile.channel, tile.width, token, count, w.dy);
+  if (gated) {
+    load_tile(k.z, tile.batch, tile.channel, tile.width, token, count, w.gate_slope);
+    open_gate<T>(w.gate_slope, w.dy, w.gate_slope, count);
+  }
+  backward_chunk<T, CB, CC>(k, tile, w, own, token, count, gated);
+  store_tile(k.du, tile.batch, tile.channel, tile.width, token, count, w.sum_gb);
+  store_tile(k.ddelta, tile.batch, tile.channel, tile.width, token, count, w.sum_qa);
+  if (gated) {
+    for (int64_t t = 0; t < count; ++t) {
+      w.y[t] = w.y[t] * w.gate_slope[t];
+    }
+    store_tile(k.dz, tile.batch, tile.channel, tile.width, token, count, w.y);
+  }
+}
+
 template <class T, bool CB, bool CC>
 inline void backward_pass(const SelectiveScanArgs& k, int64_t begin, int64_t end, void* scratch) {
   const Backward<T> w(scratch, k.dstate, k.seqlen);
-  const bool gated = k.z.data != nullptr;
   for_tiles<T>(k, begin, end, [&](const Tile& tile) __attribute__((always_inline)) {
     ChannelSums<T> own = begin_backward<T>(k, tile, w);
-    const auto load = [&](int64_t token, int64_t count) __attribute__((always_inline)) {
-      load_tile(k.delta, tile.batch, tile.channel, tile.width, token, count, w.s);
-      load_tile(k.u, tile.batch, tile.channel, tile.width, token, count, w.x);
-    };
-    find_bounds<T, CB, CC>(k, tile, w, own.bias, load);
+    find_bounds<T, CB, CC>(k, tile, w, own.bias,
+                           [&](int64_t token, int64_t count) __attribute__((always_inline)) {
+                             load_tile(k.delta, tile.batch, tile.channel, tile.width, token, count, w.s);
+                             load_tile(k.u, tile.batch, tile.channel, tile.width, token, count, w.x);
+                           });
     for (int64_t chunk = (k.seqlen - 1) / kBackwardTokens; chunk >= 0; --chunk) {
-      const int64_t token = chunk * kBackwardTokens, rest = k.seqlen - token,
-                    count = rest < kBackwardTokens ? rest : kBackwardTokens;
-      load(token, count);
-      load_tile(k.dout, tile.batch, tile.channel, tile.width, token, count, w.dy);
-      if (gated) {
-        load_tile(k.z, tile.batch, tile.channel, tile.width, token, count, w.gate_slope);
-        open_gate<T>(w.gate_slope, w.dy, w.gate_slope, count);
-      }
-      backward_chunk<T, CB, CC>(k, tile, w, own, token, count, gated);
-      store_tile(k.du, tile.batch, tile.channel, tile.width, token, count, w.sum_gb);
-      store_tile(k.ddelta, tile.batch, tile.channel, tile.width, token, count, w.sum_qa);
-      if (gated) {
-        for (int64_t t = 0; t < count; ++t) {
-          w.y[t] = w.y[t] * w.gate_slope[t];
-        }
-        store_tile(k.dz, tile.batch, tile.channel, tile.width, token, count, w.y);
-      }
+      run_chunk<T, CB, CC>(k, tile, w, own, chunk);
     }
-    end_backward<T, CB, CC>(k, tile, w, own);
+    end_backward<T, CB, CC>(k, tile, w, own, 0);
   });
 }
 

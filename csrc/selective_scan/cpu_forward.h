@@ -65,7 +65,7 @@ VITZOO_INLINE Vec<T> prepare(int64_t count, Vec<T> bias, Vec<T> skip, Vec<T>* s,
 // Scratch of the forward pass: a stretch of tokens, and the states.
 template <class T>
 struct Forward {
-  Vec<T>*s, *drive, *y, *x, *h, *a2, *end;
+  Vec<T>*s, *drive, *y, *x, *h, *local, *before, *a2, *end;
 
   Forward(void* scratch, int64_t dstate) {
     constexpr int64_t stride =
@@ -75,7 +75,9 @@ struct Forward {
     y = drive + stride;
     x = y + stride;
     h = x + stride;
-    a2 = h + dstate;
+    local = h + dstate;
+    before = local + dstate;
+    a2 = before + dstate;
     end = a2 + dstate;
   }
 };
@@ -98,17 +100,35 @@ VITZOO_INLINE Channels<T> begin_forward(const SelectiveScanArgs& k, const Tile& 
 }
 
 // From delta and u in w.s and w.x to y, without the gate, in w.y.
-template <class T, bool CB, bool CC, class F>
+template <class T, bool CB, bool CC, bool Divided, class F>
 VITZOO_INLINE void forward_stretch(const SelectiveScanArgs& k, const Tile& tile, const Forward<T>& w,
                                    const Channels<T>& own, int64_t token, int64_t count, const F& before) {
   const Vec<T> largest = k.delta_softplus
                              ? prepare<T, true>(count, own.bias, own.skip, w.s, w.x, w.drive, w.y)
                              : prepare<T, false>(count, own.bias, own.skip, w.s, w.x, w.drive, w.y);
   if (all_below<T>(largest * own.fastest, kPlainExponent<T>)) {
-    advance_all<T, false, CB, CC>(k, tile, token, count, w.s, w.drive, w.a2, w.h, w.y, before);
+    advance_all<T, false, CB, CC, Divided>(k, tile, token, count, w.s, w.drive, w.a2, w.h, w.local, w.y,
+                                           before);
   } else {
-    advance_all<T, true, CB, CC>(k, tile, token, count, w.s, w.drive, w.a2, w.h, w.y, before);
+    advance_all<T, true, CB, CC, Divided>(k, tile, token, count, w.s, w.drive, w.a2, w.h, w.local, w.y,
+                                          before);
   }
+}
+
+// A stretch of tokens from the inputs to out; F as in advance_all.
+template <class T, bool CB, bool CC, bool Divided, class F>
+VITZOO_INLINE void run_stretch(const SelectiveScanArgs& k, const Tile& tile, const Forward<T>& w,
+                               const Channels<T>& own, int64_t token, int64_t count, const F& before) {
+  load_tile(k.delta, tile.batch, tile.channel, tile.width, token, count, w.s);
+  load_tile(k.u, tile.batch, tile.channel, tile.width, token, count, w.x);
+  forward_stretch<T, CB, CC, Divided>(k, tile, w, own, token, count, before);
+  if (k.z.data != nullptr) {
+    load_tile(k.z, tile.batch, tile.channel, tile.width, token, count, w.x);
+    for (int64_t t = 0; t < count; ++t) {
+      w.y[t] = w.y[t] * w.x[t] * sigmoid<T>(w.x[t]);
+    }
+  }
+  store_tile(k.out, tile.batch, tile.channel, tile.width, token, count, w.y);
 }
 
 template <class T, bool CB, bool CC>
@@ -118,19 +138,10 @@ inline void forward_pass(const SelectiveScanArgs& k, int64_t begin, int64_t end,
     const Channels<T> own = begin_forward<T>(k, tile, w);
     for (int64_t token = 0; token < k.seqlen; token += kForwardTokens) {
       const int64_t rest = k.seqlen - token, count = rest < kForwardTokens ? rest : kForwardTokens;
-      load_tile(k.delta, tile.batch, tile.channel, tile.width, token, count, w.s);
-      load_tile(k.u, tile.batch, tile.channel, tile.width, token, count, w.x);
       const Ahead<T> ahead = look_ahead<T>(k, tile, token, count);
-      forward_stretch<T, CB, CC>(k, tile, w, own, token, count,
-                                 [&](int64_t part, int64_t parts)
-                                     __attribute__((always_inline)) { ahead.prefetch(part, parts); });
-      if (k.z.data != nullptr) {
-        load_tile(k.z, tile.batch, tile.channel, tile.width, token, count, w.x);
-        for (int64_t t = 0; t < count; ++t) {
-          w.y[t] = w.y[t] * w.x[t] * sigmoid<T>(w.x[t]);
-        }
-      }
-      store_tile(k.out, tile.batch, tile.channel, tile.width, token, count, w.y);
+      run_stretch<T, CB, CC, false>(k, tile, w, own, token, count,
+                                    [&](int64_t part, int64_t parts)
+                                        __attribute__((always_inline)) { ahead.prefetch(part, parts); });
     }
     for (int64_t n = 0; n < k.dstate; ++n) {
       store_lanes<T>(static_cast<T*>(k.last_state) + tile.batch * k.dim * k.dstate, tile, k.dstate, n,

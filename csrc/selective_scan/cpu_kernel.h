@@ -127,26 +127,37 @@ VITZOO_INLINE bool exponents_are_plain(const Vec<T>* s, int64_t count, Vec<T> fa
   return all_below<T>(largest * fastest, kPlainExponent<T>);
 }
 
-// Advances NU states over a stretch of tokens, and adds C h to y.
-template <class T, int NU, bool Clamp, bool CB, bool CC>
+// Advances NU states over a stretch of tokens, and adds C h to y. Where `Divided`, `local` advances too: the
+// states that would have been zero at the start of a piece.
+template <class T, int NU, bool Clamp, bool CB, bool CC, bool Divided>
 VITZOO_INLINE void advance(const SelectiveScanArgs& k, const Tile& tile, int64_t n, int64_t token,
                            int64_t count, const Vec<T>* s, const Vec<T>* drive, const Vec<T>* a2, Vec<T>* h,
-                           Vec<T>* y) {
+                           Vec<T>* local, Vec<T>* y) {
   Row<T, CB> b[NU];
   Row<T, CC> c[NU];
-  Vec<T> state[NU], rate[NU];
+  Vec<T> state[NU], apart[NU], rate[NU];
 #pragma GCC unroll 8
   for (int i = 0; i < NU; ++i) {
     b[i] = row_of<T, CB>(k.b, k, tile, n + i, token);
     c[i] = row_of<T, CC>(k.c, k, tile, n + i, token);
     state[i] = h[n + i];
     rate[i] = a2[n + i];
+    if constexpr (Divided) {
+      apart[i] = local[n + i];
+    }
   }
   for (int64_t t = 0; t < count; ++t) {
     Vec<T> sum = y[t];
 #pragma GCC unroll 8
     for (int i = 0; i < NU; ++i) {
-      state[i] = exp2_product<T, Clamp>(s[t], rate[i]) * state[i] + drive[t] * b[i].at(t);
+      const Vec<T> a = exp2_product<T, Clamp>(s[t], rate[i]);
+      if constexpr (Divided) {
+        const Vec<T> push = rounded(drive[t] * b[i].at(t));
+        state[i] = a * state[i] + push;
+        apart[i] = a * apart[i] + push;
+      } else {
+        state[i] = a * state[i] + drive[t] * b[i].at(t);
+      }
       sum += state[i] * c[i].at(t);
     }
     y[t] = sum;
@@ -154,26 +165,29 @@ VITZOO_INLINE void advance(const SelectiveScanArgs& k, const Tile& tile, int64_t
 #pragma GCC unroll 8
   for (int i = 0; i < NU; ++i) {
     h[n + i] = state[i];
+    if constexpr (Divided) {
+      local[n + i] = apart[i];
+    }
   }
 }
 
 // Advances every state; calls before(part, parts) now and then.
-template <class T, bool Clamp, bool CB, bool CC, class F>
+template <class T, bool Clamp, bool CB, bool CC, bool Divided, class F>
 VITZOO_INLINE void advance_all(const SelectiveScanArgs& k, const Tile& tile, int64_t token, int64_t count,
-                               const Vec<T>* s, const Vec<T>* drive, const Vec<T>* a2, Vec<T>* h, Vec<T>* y,
-                               const F& before) {
+                               const Vec<T>* s, const Vec<T>* drive, const Vec<T>* a2, Vec<T>* h,
+                               Vec<T>* local, Vec<T>* y, const F& before) {
   constexpr int wide = kRegisters / 8;
   const int64_t parts = (k.dstate + wide - 1) / wide;
   int64_t n = 0;
   for (; n + wide <= k.dstate; n += wide) {
     before(n / wide, parts);
-    advance<T, wide, Clamp, CB, CC>(k, tile, n, token, count, s, drive, a2, h, y);
+    advance<T, wide, Clamp, CB, CC, Divided>(k, tile, n, token, count, s, drive, a2, h, local, y);
   }
   if (n < k.dstate) {
     before(parts - 1, parts);
   }
   for (; n < k.dstate; ++n) {
-    advance<T, 1, Clamp, CB, CC>(k, tile, n, token, count, s, drive, a2, h, y);
+    advance<T, 1, Clamp, CB, CC, Divided>(k, tile, n, token, count, s, drive, a2, h, local, y);
   }
 }
 

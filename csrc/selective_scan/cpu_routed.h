@@ -73,8 +73,8 @@ void routed_forward(const RoutedScanArgs& args, int64_t begin, int64_t end, void
         const int64_t rest = seqlen - token, count = rest < kForwardTokens ? rest : kForwardTokens;
         gather<T>(route, token, count, delta, w.s);
         gather<T>(route, token, count, u, w.x);
-        forward_stretch<T, false, false>(k, tile, w, own, token, count,
-                                         [](int64_t, int64_t) __attribute__((always_inline)) {});
+        forward_stretch<T, false, false, false>(k, tile, w, own, token, count,
+                                                [](int64_t, int64_t) __attribute__((always_inline)) {});
         scatter_add<T>(route, token, count, w.y, sum);
       }
     }
@@ -129,7 +129,7 @@ void routed_backward(const RoutedScanArgs& args, int64_t begin, int64_t end, voi
           scatter_add<T>(route, token, count, w.y, sum);
         }
       }
-      end_backward<T, false, false>(k, tile, w, own);
+      end_backward<T, false, false>(k, tile, w, own, 0);
       store_tile(k.ddelta, tile.batch, tile.channel, tile.width, 0, seqlen, delta);
       if (r + 1 == args.routes || !args.shared) {
         store_tile(k.du, tile.batch, tile.channel, tile.width, 0, seqlen, du);

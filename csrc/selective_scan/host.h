@@ -28,6 +28,7 @@ inline SelectiveScanArgs scan_inputs(const Tensor& u, const Tensor& delta, const
   k.group_channels = k.dim / k.groups;
   k.part_channels = part_channels;
   k.parts = (k.group_channels + part_channels - 1) / part_channels;
+  k.pieces = 1;
   k.delta_softplus = delta_softplus;
   const bool wide = u.scalar_type() == ScalarType::Double;
   const int64_t states = k.dim * k.dstate, rows = k.batch * k.groups * k.dstate * k.seqlen;
@@ -52,14 +53,14 @@ inline View scan_output(const Tensor& x, const char* name, const SelectiveScanAr
 inline void scan_gradients(SelectiveScanArgs& k, const Tensor& ddelta, const Tensor& da, const Tensor& db,
                            const Tensor& dc, const OptionalTensor& dd, const OptionalTensor& ddelta_bias) {
   const bool wide = k.u.kind == Kind::f64;
-  const int64_t states = k.batch * k.dim * k.dstate;
+  const int64_t channels = k.batch * k.pieces * k.dim, states = channels * k.dstate;
   const int64_t rows = k.batch * k.parts * k.groups * k.dstate * k.seqlen;
   k.ddelta = scan_output(ddelta, "ddelta", k);
   k.da = pointer_of(da, "dA", states, wide);
   k.db = pointer_of(db, "dB", k.constant_b ? states : rows, wide);
   k.dc = pointer_of(dc, "dC", k.constant_c ? states : rows, wide);
-  k.dd = pointer_of(dd, "dD", k.batch * k.dim, wide);
-  k.ddelta_bias = pointer_of(ddelta_bias, "ddelta_bias", k.batch * k.dim, wide);
+  k.dd = pointer_of(dd, "dD", channels, wide);
+  k.ddelta_bias = pointer_of(ddelta_bias, "ddelta_bias", channels, wide);
 }
 
 }  // namespace vitzoo

@@ -13,6 +13,13 @@ TILE = 16
 # Work items that the backward pass aims at. Each has its own sums of dB and dC over its channels, added up in a fixed
 # order afterwards: the result does not depend on the number of threads.
 BACKWARD_ITEMS = 64
+# Tokens of a piece of a scan that is divided along them, kBackwardTokens in C++; the forward pass takes multiples, so
+# that there are no more than MOST_PIECES. Fewer work items than FEW_ITEMS leave cores idle, and LONG tokens are enough
+# to share. All look at the shape alone, and the pieces do: the result does not depend on the number of threads.
+PIECE = 256
+MOST_PIECES = 64
+FEW_ITEMS = 8
+LONG = 1024
 
 
 def why_not(u: Tensor | None = None) -> str | None:
@@ -50,3 +57,13 @@ def part_channels(batch: int, groups: int, channels: int, dstate: int) -> int:
     tiles = -(-channels // TILE)
     parts = min(tiles, max(1, -(-BACKWARD_ITEMS // (batch * groups))), max(1, channels // (2 * dstate)))
     return -(-tiles // parts) * TILE
+
+
+def is_divided(items: int, seqlen: int) -> bool:
+    """Return whether a scan of that many work items is divided along its tokens.
+
+    Args:
+        items: pieces of channels, over all images, that are scanned independently of each other.
+        seqlen: L.
+    """
+    return 0 < items < FEW_ITEMS and seqlen >= LONG

@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitzoo.kernels.common import scan_support
-from vitzoo.kernels.common.scan_support import TILE, as_wide_as, compute_dtype, part_channels
+from vitzoo.kernels.common import native, scan_support
+from vitzoo.kernels.common.scan_support import (
+    MOST_PIECES,
+    PIECE,
+    TILE,
+    as_wide_as,
+    compute_dtype,
+    is_divided,
+    part_channels,
+)
 
 
 def why_not(u: Tensor | None = None, *args: Any) -> str | None:
@@ -33,6 +41,12 @@ def _rows(matrix: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 def group_count(matrix: Tensor) -> int:
     """Return the groups of channels that B or C distinguishes; 1 for forms without that axis."""
     return matrix.shape[1] if matrix.ndim == 4 else 1
+
+
+def _rows_of(B: Tensor, C: Tensor) -> tuple[int, bool]:
+    """Return the groups of channels of B and C as `_inputs` gives them, and whether both vary along the tokens."""
+    rows = [m for m in (B, C) if m.ndim == 4]
+    return rows[0].shape[1] if rows else 1, len(rows) == 2
 
 
 def _inputs(
@@ -80,15 +94,22 @@ def forward(
     """Return (out, last_state)."""
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias)
     out = torch.empty(u.shape, dtype=u.dtype)
-    last_state = torch.empty((u.shape[0], u.shape[1], A.shape[1]), dtype=compute_dtype(u))
-    torch.ops.vitzoo_native.selective_scan_fwd(*inputs, delta_softplus, TILE, out, last_state)
+    batch, dim, seqlen = u.shape
+    last_state = torch.empty((batch, dim, A.shape[1]), dtype=compute_dtype(u))
+    groups, varying = _rows_of(*inputs[3:5])
+    channels, tokens = TILE, 0
+    if varying and is_divided(batch * groups * -(-dim // (groups * TILE)), seqlen):
+        tokens = PIECE * -(-seqlen // (PIECE * MOST_PIECES))
+        # every channel by itself has the same bits, so here the division may look at the machine
+        channels = TILE if native.cpu_isa() == "avx512" else TILE // 2
+    torch.ops.vitzoo_native.selective_scan_fwd(*inputs, delta_softplus, channels, tokens, out, last_state)
     return out, last_state
 
 
 def fold(partial: Tensor, matrix: Tensor) -> Tensor:
     """Add up the partial sums of dB or dC and bring them to the form of B or C."""
     if matrix.ndim == 2:
-        return partial.sum(0)
+        return partial.flatten(0, -3).sum(0)
     total = partial.sum(1) if partial.shape[1] > 1 else partial.squeeze(1)  # (B, groups, N, L)
     if total.shape[1] != group_count(matrix):
         total = total.unflatten(1, (group_count(matrix), -1)).sum(2)
@@ -112,23 +133,25 @@ def backward(
     dtype = compute_dtype(u)
     inputs = _inputs(u, delta, A, B, C, D, z, delta_bias)
     batch, dim, seqlen = u.shape
-    rows = [m for m in inputs[3:5] if m.ndim == 4]
-    groups = rows[0].shape[1] if rows else 1
+    groups, varying = _rows_of(*inputs[3:5])
     piece = part_channels(batch, groups, dim // groups, A.shape[1])
     parts = -(-(dim // groups) // piece)
+    tokens = PIECE if varying and is_divided(batch * groups * parts, seqlen) else 0
+    pieces = -(-seqlen // tokens) if tokens else 1
+    per_state = (batch, pieces, dim, A.shape[1])
 
     def partial(matrix: Tensor) -> Tensor:
-        shape = (batch, dim, A.shape[1]) if matrix.ndim == 2 else (batch, parts, groups, A.shape[1], seqlen)
+        shape = per_state if matrix.ndim == 2 else (batch, parts, groups, A.shape[1], seqlen)
         return torch.empty(shape, dtype=dtype)
 
     def like(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.empty(x.shape, dtype=x.dtype)
 
     def by_channel(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.empty((batch, dim), dtype=dtype)
+        return None if x is None else torch.empty((batch, pieces, dim), dtype=dtype)
 
     du, ddelta, dz = like(u), like(inputs[1]), like(inputs[6])
-    dA, dB, dC = torch.empty((batch, dim, A.shape[1]), dtype=dtype), partial(B), partial(C)
+    dA, dB, dC = torch.empty(per_state, dtype=dtype), partial(B), partial(C)
     dD, ddelta_bias = by_channel(D), by_channel(delta_bias)
     torch.ops.vitzoo_native.selective_scan_bwd(
         dout if dout.dtype == u.dtype else dout.to(u.dtype),
@@ -136,15 +159,16 @@ def backward(
         *inputs,
         delta_softplus,
         piece,
+        tokens,
         *(du, ddelta, dA, dB, dC, dD, dz, ddelta_bias),
     )
     return (
         du,
         ddelta,
-        dA.sum(0),
+        dA.sum((0, 1)),
         fold(dB, B),
         fold(dC, C),
-        None if dD is None else dD.sum(0),
+        None if dD is None else dD.sum((0, 1)),
         dz,
-        None if ddelta_bias is None else ddelta_bias.sum(0),
+        None if ddelta_bias is None else ddelta_bias.sum((0, 1)),
     )

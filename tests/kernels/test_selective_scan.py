@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitzoo.kernels.common import native
 from vitzoo.kernels.common.backends import BackendError, operators, use_backend
+from vitzoo.kernels.common.scan_support import is_divided
 from vitzoo.kernels.selective_scan import cuda, selective_scan
 from vitzoo.kernels.selective_scan.flops import selective_scan_flops
-from vitzoo.kernels.selective_scan.inputs import MODEL_SHAPES, SHAPES, Shape, make_inputs
+from vitzoo.kernels.selective_scan.inputs import MODEL_SHAPES, SHAPES, Shape, floor_call, make_inputs
 from vitzoo.kernels.selective_scan.reference import selective_scan_reference
 from vitzoo.testing import FLOORS, assert_backend_close, assert_golden, golden_tensor, image, load_golden
 
@@ -395,6 +397,79 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_extension
+def test_the_floor_is_as_many_exponentials_as_the_scan() -> None:
+    lanes = {"baseline": 4, "avx2": 8, "avx512": 16}[native.cpu_isa() or ""]
+    assert torch.ops.vitzoo_native.scan_exponentials(0) == 1024 * lanes
+    seconds = []
+    for shape in (
+        Shape(1, 4, 16, 16),
+        Shape(1, 256, 1024, 16),
+    ):  # 1 or a part of one work item, and 256 to 1024
+        work = floor_call(shape)
+        assert work is not None
+        rounds = []
+        for _ in range(10):
+            start = time.perf_counter()
+            work()
+            rounds.append(time.perf_counter() - start)
+        seconds.append(min(rounds))
+    assert seconds[1] > 10 * seconds[0]
+
+
+# Divided along the tokens: L just long enough, pieces of 512 tokens with a short last one, both tiles of a vector
+# and lanes without a channel, N that leaves a state over, groups, and none of the options.
+DIVIDED = {
+    "short": Shape(1, 4, 1024, 1),
+    "long": Shape(1, 8, 16384 + 300, 5),
+    "tiles": Shape(1, 16, 2200, 16),
+    "batch": Shape(2, 13, 1500, 3, groups=1),
+    "groups": Shape(1, 12, 1281, 4, groups=4),
+    "plain": Shape(1, 7, 1279, 2, has_D=False, has_z=False, has_delta_bias=False, delta_softplus=False),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", DIVIDED.values(), ids=DIVIDED)
+def test_pieces_of_the_tokens_join(shape: Shape) -> None:
+    assert is_divided(shape.batch * max(shape.groups, 1), shape.seqlen)
+    # slow decays, so that what enters a piece is felt in the last of them
+    inputs = make_inputs(shape) | {"return_last_state": True}
+    inputs["A"] = 0.01 * inputs["A"]
+    assert_backend_close(selective_scan, inputs, "cpu", use_backend)
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", DIVIDED.values(), ids=DIVIDED)
+def test_the_number_of_threads_changes_no_bit_of_a_divided_scan(
+    shape: Shape, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = ("baseline", "avx2", "avx512")
+    if sets.index(isa) > sets.index(native.cpu_isa() or "baseline"):
+        pytest.skip(f"this CPU has no {isa}")
+    monkeypatch.setenv("VITZOO_CPU_ISA", isa)
+    inputs, threads, results = make_inputs(shape, dtype), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            with use_backend("cpu"):
+                results.append(_output_and_gradients(inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_extension
+def test_a_growing_state_of_zero_stays_zero_over_pieces() -> None:
+    inputs = make_inputs(Shape(1, 4, 2048, 2, has_z=False))
+    inputs["A"], inputs["u"] = -inputs["A"], torch.zeros(1, 4, 2048)
+    with use_backend("cpu"):
+        assert not selective_scan(**inputs).any()
 
 
 @needs_extension
