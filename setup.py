@@ -170,6 +170,7 @@ setup(
     package_data={
         "vitzoo": ["py.typed"],
         "vitzoo.benchmark": ["suites/*.toml"],
+        "vitzoo.benchmark.reporting": ["*.j2", "*.js"],
         "vitzoo.demo": ["*.j2"],
     },
     **extension(),

@@ -17,6 +17,8 @@ HEAVY = (
     "rich",
     "typer",
     "jinja2",
+    "plotly",
+    "textalloc",
 )
 
 

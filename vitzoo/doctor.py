@@ -15,7 +15,10 @@ OPTIONAL = {
     "onnxscript": ("export to ONNX", "pip install 'vitzoo[onnx]'"),
     "onnxruntime": ("checking and running exported files", "pip install 'vitzoo[onnx]'"),
     "scikit-learn": ("the demo's photographs", "pip install 'vitzoo[demo]'"),
-    "jinja2": ("the demo's page", "pip install 'vitzoo[demo]'"),
+    "jinja2": ("the demo's and the report's page", "pip install 'vitzoo[report]'"),
+    "plotly": ("`vitzoo report`'s page", "pip install 'vitzoo[report]'"),
+    "matplotlib": ("`vitzoo report --png`", "pip install 'vitzoo[report]'"),
+    "textalloc": ("`vitzoo report --png`", "pip install 'vitzoo[report]'"),
     "fvcore": ("the tests that compare FLOP counters", "pip install 'vitzoo[test]'"),
 }
 

@@ -83,6 +83,33 @@ def test_bench(tmp_path: Path) -> None:
     assert (tmp_path / "r.csv").read_text().startswith("model,infer_img_size,infer_samples_per_sec,")
 
 
+def test_report_of_what_bench_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("plotly")
+    pytest.importorskip("textalloc")
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "bench",
+        "vim_tiny_patch16_224",
+        "-k",
+        "depth=1",
+        *QUICK,
+        "--img-size",
+        "32,64",
+        "-o",
+        "r.jsonl",
+    ]
+    assert _run(*arguments).exit_code == 0
+    written = ["throughput_vs_gmacs.png", "latency_vs_resolution.png"]
+    assert _json("report", "r.jsonl", "--png", "plots") == {"written": [f"plots/{name}" for name in written]}
+    assert sorted(path.name for path in Path("plots").iterdir()) == sorted(written)
+    assert "wrote report.html" in _run("report", "r.jsonl").stderr
+    assert "vim_tiny_patch16_224" in Path("report.html").read_text()
+    refused = _run("report", "r.jsonl")
+    assert refused.exit_code == 1
+    assert "the output exists; choose another or say --force" in " ".join(refused.stderr.split())
+    assert _run("report", "r.jsonl", "--force").exit_code == 0
+
+
 def test_bench_prints_a_table_and_takes_baselines() -> None:
     arguments = ["--against", "timm:deit_tiny_patch16_224", "-k", "depth=1", "--img-size", "32"]
     result = _run("bench", "vim_tiny_patch16_224", *arguments, *QUICK)
@@ -180,6 +207,8 @@ def test_doctor() -> None:
         (["bench", "litv2_small", "--csv", "README.md"], 1, "the output exists"),
         (["bench", "litv2_small", "--against", "nowhere.onnx"], 1, "no such ONNX file"),
         (["bench"], 2, "one of the two"),
+        (["report", "nowhere.jsonl"], 1, "there is no such result file; `vitzoo bench -o FILE` writes one"),
+        (["report", "README.md"], 1, "README.md, line 1: not a row of a vitzoo result file"),
         (["export", "litv2_small", "--format", "tflite"], 2, "only onnx"),
         (["export", "vim_tiny_patch16_224", *SMALL, "-o", "nowhere/m.onnx"], 1, "nowhere"),
         (["export", "litv2_small", "--checkpoint", "nowhere.pth"], 1, "no checkpoint file at nowhere.pth"),
@@ -194,7 +223,9 @@ def test_errors_say_what_to_do(arguments: list[str], code: int, message: str) ->
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("command", ["list", "info", "flops", "bench", "compare", "export", "demo", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["list", "info", "flops", "bench", "compare", "report", "export", "demo", "doctor"]
+)
 def test_help_has_an_example(command: str) -> None:
     result = _run(command, "--help")
     assert result.exit_code == 0

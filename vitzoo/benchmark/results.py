@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 SCHEMA_VERSION = 1
 Row = dict[str, Any]
+KINDS = ("header", "result", "claim")
 
 # timm's benchmark tables, in their order
 TIMM_COLUMNS = {
@@ -122,6 +123,38 @@ class Recorder:
             self._file.close()
 
 
+def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, Row]]:
+    """Read every row of a result file, in order, with the number of its line, from 1.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a line that is not a row of ours, with its number; no line that is a header; not a text file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            errno.ENOENT, "there is no such result file; `vitzoo bench -o FILE` writes one", os.fspath(path)
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file, so no result file of vitzoo") from error
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            KINDS.index(row["kind"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a row of a vitzoo result file") from error
+        if row.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"{path}, line {number}: schema_version {row.get('schema_version')}, this vitzoo reads {SCHEMA_VERSION}"
+            )
+        rows.append((number, row))
+    if not any(row["kind"] == "header" for _, row in rows):
+        raise ValueError(f"{path}: no header row, so nothing says on what machine this was measured")
+    return rows
+
+
 def read_results(path: str | os.PathLike[str]) -> Results:
     """Read a result file; several written one after another into one file are read as one.
 
@@ -129,20 +162,9 @@ def read_results(path: str | os.PathLike[str]) -> Results:
         FileNotFoundError: there is none.
         ValueError: a line that is not a row of ours, or none that is a header.
     """
-    found: dict[str, list[Row]] = {"header": [], "result": [], "claim": []}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            kind = found[row["kind"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a row of a vitzoo result file") from error
-        if row.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"{path}, line {number}: schema_version {row.get('schema_version')}, this vitzoo reads {SCHEMA_VERSION}"
-            )
-        kind.append(row)
-    if not found["header"]:
-        raise ValueError(f"{path}: no header row, so nothing says on what machine this was measured")
+    found: dict[str, list[Row]] = {kind: [] for kind in KINDS}
+    for _, row in read_rows(path):
+        found[row["kind"]].append(row)
     return Results(found["header"][0], found["result"], found["claim"])
 
 

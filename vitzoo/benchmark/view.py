@@ -7,8 +7,8 @@ from typing import Any
 
 from vitzoo.benchmark.results import Row
 
-# field -> heading, for the settings that a sweep may vary
-_SETTINGS = {
+# field of a row as `plain` gives it -> heading, for the settings that a sweep may vary
+SETTINGS = {
     "mode": "mode",
     "runtime": "runtime",
     "precision": "dtype",
@@ -19,10 +19,10 @@ _SETTINGS = {
     "img_size": "pixels",
     "batch_size": "batch",
 }
-_UNREMARKABLE = {"mode": "infer", "layout": "contiguous", "attention": "default", "device": "cpu"}
+UNREMARKABLE = {"mode": "infer", "layout": "contiguous", "attention": "default", "device": "cpu"}
 
 
-def _plain(row: Row) -> Row:
+def plain(row: Row) -> Row:
     """Return the row with its settings under names that do not depend on the mode."""
     size = row.get(f"{row['mode']}_img_size", row["requested_img_size"])
     shown = "x".join(map(str, size)) if isinstance(size, list) else size
@@ -37,32 +37,32 @@ def table(rows: Sequence[Row]) -> tuple[str, Any]:
     """
     import pandas
 
-    plain = [_plain(row) for row in rows]
-    working = [row for row in plain if "error" not in row] or plain
-    varying = [name for name in _SETTINGS if len({str(row[name]) for row in working}) > 1]
-    fixed = {
-        n: working[0][n] for n in _SETTINGS if n not in varying and working[0][n] != _UNREMARKABLE.get(n)
-    }
-    title = ", ".join(_said(name, value) for name, value in fixed.items() if value is not None)
-    frame = pandas.DataFrame([_cells(row, varying) for row in plain], dtype=object)
+    every = [plain(row) for row in rows]
+    working = [row for row in every if "error" not in row] or every
+    varying = [name for name in SETTINGS if len({str(row[name]) for row in working}) > 1]
+    fixed = {n: working[0][n] for n in SETTINGS if n not in varying and working[0][n] != UNREMARKABLE.get(n)}
+    title = ", ".join(said(name, value) for name, value in fixed.items() if value is not None)
+    frame = pandas.DataFrame([_cells(row, varying) for row in every], dtype=object)
     empty = [c for c in frame.columns if c not in ("model", "images/s", "ms") and frame[c].isna().all()]
     return title, frame.drop(columns=empty).astype(object).where(frame.notna(), None)
 
 
 def setting(row: Row) -> str:
     """Return the settings of one row in a few words."""
-    plain = _plain(row)
-    values = {n: plain[n] for n in _SETTINGS if plain[n] is not None and plain[n] != _UNREMARKABLE.get(n)}
-    return ", ".join(_said(name, value) for name, value in values.items())
+    all_ = plain(row)
+    values = {n: all_[n] for n in SETTINGS if all_[n] is not None and all_[n] != UNREMARKABLE.get(n)}
+    return ", ".join(said(name, value) for name, value in values.items())
 
 
-def _said(name: str, value: Any) -> str:
-    said = {"batch_size": f"batch {value}", "img_size": f"{value} pixels", "threads": f"{value} threads"}
-    return said.get(name, str(value))
+def said(name: str, value: Any) -> str:
+    """Return the value of one setting in a word or two."""
+    if name == "threads":
+        return f"{value} thread" + "s" * (value != 1)
+    return {"batch_size": f"batch {value}", "img_size": f"{value} pixels"}.get(name, str(value))
 
 
 def _cells(row: Row, varying: Sequence[str]) -> Row:
-    start = {"model": row["label"], **{_SETTINGS[name]: row[name] for name in varying}}
+    start = {"model": row["label"], **{SETTINGS[name]: row[name] for name in varying}}
     if "error" in row:
         return {**start, "images/s": row["error"]}
     mode = row["mode"]
