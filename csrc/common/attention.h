@@ -161,12 +161,37 @@ inline void pack_rows_of(const RowsIn& in, int64_t count, int64_t d, T* out) {
   }
 }
 
+// Whether W rows from q on are all there: a tile of theirs then needs no care, as most do not.
+template <int W>
+VITZOO_INLINE bool all_there(const void* const* row, int64_t q, int64_t count) {
+  bool there = q + W <= count;
+  for (int r = 0; there && r < W; ++r) {
+    there = row[q + r] != nullptr;
+  }
+  return there;
+}
+
 // (count, d) to (d, lanes), times a factor; lanes past count are zero.
 template <class T, class S>
 inline void pack_columns_of(const RowsIn& in, int64_t count, int64_t d, T factor, T* out, int64_t lanes) {
   constexpr int W = Simd<T>::W;
   for (int64_t q = 0; q < lanes; q += W) {
-    for (int64_t c = 0; c < d; c += W) {
+    int64_t c = 0;
+    if (all_there<W>(in.row, q, count)) {
+      for (; c + W <= d; c += W) {
+        Vec<T> v[W];
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) {
+          v[r] = load_row<T>(static_cast<const S*>(in.row[q + r]) + in.offset + c, W) * factor;
+        }
+        transpose_step<T, 1>(v);
+#pragma GCC unroll 16
+        for (int r = 0; r < W; ++r) {
+          store<T>(out + (c + r) * lanes + q, v[r]);
+        }
+      }
+    }
+    for (; c < d; c += W) {
       const int columns = d - c < W ? int(d - c) : W;
       Vec<T> v[W];
       for (int r = 0; r < W; ++r) {
