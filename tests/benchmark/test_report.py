@@ -20,6 +20,7 @@ from vitzoo.benchmark.reporting.charts import charts, pareto
 from vitzoo.benchmark.reporting.crossings import crossings
 from vitzoo.benchmark.reporting.gather import Accuracy, family, gather, published
 from vitzoo.benchmark.reporting.interactive import figure, hover
+from vitzoo.benchmark.reporting.style import ticks
 
 NAMES = [
     "throughput_vs_top1",
@@ -105,6 +106,22 @@ def test_one_setting_has_a_colour_and_a_marker_a_family(made: SimpleNamespace, t
 )
 def test_crossings(a: list, b: list, expected: list) -> None:
     assert crossings(a, b) == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.1, 900, [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]),
+        (3, 4.6, [3, 3.5, 4, 4.5]),
+        (4, 11, [4, 5, 6, 7, 8, 9, 10]),
+        (22.1, 22.9, []),
+        (1e-3, 1e4, [0.001, 0.01, 0.1, 1, 10, 100, 1000, 10000]),
+    ],
+)
+def test_an_axis_has_a_few_ticks(low: float, high: float, expected: list) -> None:
+    found = ticks([low, high])
+    assert [tick for tick in found if low <= tick <= high] == pytest.approx(expected)
+    assert found[0] < low < high < found[-1]
 
 
 def test_the_crossover_is_told(made: SimpleNamespace, tmp_path: Path) -> None:

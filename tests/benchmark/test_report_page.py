@@ -155,8 +155,18 @@ PROBE = """<script>setTimeout(() => {
       overlaps += 1;
   }));
   const drawn = [...document.querySelectorAll(".chart .main-svg:first-child")].map((c) => c.getBoundingClientRect());
-  console.log("PROBE " + JSON.stringify({ width: innerWidth, content: document.documentElement.scrollWidth,
-    charts: drawn.length, widest: Math.max(...drawn.map((box) => box.right)), labels: boxes.length, overlaps }));
+  const found = { width: innerWidth, content: document.documentElement.scrollWidth, charts: drawn.length,
+    widest: Math.max(...drawn.map((box) => box.right)), labels: boxes.length, overlaps };
+  const chart = document.getElementById("throughput_vs_gmacs");
+  const key = [...chart.querySelectorAll(".legend .traces")].find((one) => one.textContent === "litv2");
+  for (const kind of ["mousedown", "mouseup"])
+    key.querySelector(".legendtoggle").dispatchEvent(new MouseEvent(kind, { bubbles: true, button: 0 }));
+  chart.emit("plotly_click", { points: [{ customdata: 3 }] });
+  setTimeout(() => {
+    found.hidden = chart.data.filter((trace) => trace.visible === "legendonly").map((trace) => trace.meta.join("/"));
+    found.opened = [...document.querySelectorAll("details[open]")].map((row) => row.id);
+    console.log("PROBE " + JSON.stringify(found));
+  }, 1500);
 }, 2000)</script></body>"""
 
 
@@ -196,3 +206,11 @@ def test_the_page_in_a_browser(page: tuple[Path, list[Path]], tmp_path: Path) ->
         assert measured["charts"] == len(NAMES)
         assert measured["labels"] > 20
         assert measured["overlaps"] == 0
+        # one entry of the legend hides that family in every setting; a click on a point opens its row
+        settings = (
+            "Some CPU (AVX2), float32",
+            "Some CPU (AVX2), int8",
+            "Faster CPU with a Long Name (AVX2), float32",
+        )
+        assert measured["hidden"] == [*(f"{setting}/litv2" for setting in settings), "litv2"]
+        assert measured["opened"] == ["row-3"]

@@ -97,7 +97,7 @@ def claims_table(claims: Sequence[Row]) -> Any:
         interval = "" if claim["low"] is None else f" ({claim['low']:.2f}-{claim['high']:.2f})"
         measured = claim.get("reason") if claim["measured"] is None else f"{claim['measured']:.2f}{interval}"
         size = "own" if claim["img_size"] is None else claim["img_size"]
-        on = f"batch {claim['requested_batch_size']}, {size} pixels, {claim['threads']} threads"
+        on = f"batch {claim['requested_batch_size']}, {size} pixels, {said('threads', claim['threads'])}"
         row = {"claim": claim["text"], "figure": claim["figure"], "claimed": f"{claim['expected']:.2f}"}
         cells.append(row | {"measured": measured, "on": on, "verdict": claim["verdict"]})
     return pandas.DataFrame(cells, dtype=object)

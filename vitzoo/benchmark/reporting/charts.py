@@ -93,21 +93,22 @@ def _scatter(
     """Return the chart with one marker a family, one colour a setting and machine, and a front of each setting."""
     common, setting_of = _settings(entries, without=("img_size",))
     marks = [Mark(*place(entry), label(entry), entry) for entry in entries]
-    settings = list(dict.fromkeys(setting_of(entry) for entry in entries))
+    setting = {entry.number: setting_of(entry) for entry in entries}
+    settings = list(dict.fromkeys(setting.values()))
     families = {name: number for number, name in enumerate(dict.fromkeys(e.family for e in entries))}
     groups, fronts = [], []
-    for (colour, setting), (name, shape) in itertools.product(enumerate(settings), families.items()):
-        chosen = [m for m in marks if (setting_of(m.entry), m.entry.family) == (setting, name)]
-        if chosen:
-            one = len(settings) == 1
-            groups.append(Group(name if one else setting, chosen, shape if one else colour, shape))
-    for colour, setting in enumerate(settings):
-        front = pareto([m for m in marks if setting_of(m.entry) == setting])
+    several = len(settings) > 1
+    for colour, one in enumerate(settings):
+        alike = [mark for mark in marks if setting[mark.entry.number] == one]
+        for name, shape in families.items():
+            chosen = [mark for mark in alike if mark.entry.family == name]
+            if chosen:
+                groups.append(Group(one if several else name, chosen, colour if several else shape, shape))
+        front = pareto(alike)
         if len(front) > 1:
-            several = len(settings) > 1
-            fronts.append(Front(setting if several else "Pareto front", front, colour if several else None))
+            fronts.append(Front(one if several else "Pareto front", front, colour if several else None))
     says = [*chart.says, *([f"All of them: {common}."] if common else [])]
-    shapes = families if len(settings) > 1 else {}
+    shapes = families if several else {}
     return Chart(chart.name, chart.title, says, chart.x, chart.y, groups, shapes, fronts)
 
 
@@ -139,17 +140,19 @@ def _settings(entries: Sequence[Entry], without: tuple[str, ...] = ()) -> tuple[
 def latency_vs_resolution(entries: Sequence[Entry]) -> Chart:
     """Return median latency against the side of the image, with where the lines cross."""
     chart = Chart("latency_vs_resolution", "Latency and resolution", y=Axis("ms a call, median (p50)"))
-    return _over_resolution(chart, entries, lambda entry: entry.row.get("p50_ms"), "faster")
+    return _over_resolution(chart, entries, lambda entry: entry.row.get("p50_ms"), "latency", "faster")
 
 
 def memory_vs_resolution(entries: Sequence[Entry]) -> Chart:
     """Return peak memory against the side of the image, with where the lines cross."""
     chart = Chart("memory_vs_resolution", "Peak memory and resolution", y=Axis("peak memory, MiB"))
-    return _over_resolution(chart, entries, lambda entry: entry.row.get("peak_mem_mib"), "smaller")
+    return _over_resolution(
+        chart, entries, lambda entry: entry.row.get("peak_mem_mib"), "peak memory", "smaller"
+    )
 
 
 def _over_resolution(
-    chart: Chart, entries: Sequence[Entry], value: Callable[[Entry], float | None], better: str
+    chart: Chart, entries: Sequence[Entry], value: Callable[[Entry], float | None], what: str, better: str
 ) -> Chart:
     """Return the chart with a line for each model and setting that has more than one size."""
     lines: dict[str, list[Entry]] = {}
@@ -161,8 +164,8 @@ def _over_resolution(
         return Chart(
             chart.name,
             chart.title,
-            empty=f"No model has its {chart.y.title.split(',')[0]} at more than one image size: "
-            "`vitzoo bench --img-size 224,512,1024` gives such rows.",
+            empty=f"No model has its {what} measured at more than one image size in one setting: "
+            "vitzoo bench --img-size 224,512,1024 gives such rows.",
         )
     common, setting_of = _settings([entry for line in sweeps for entry in line], without=("img_size",))
     labels = list(dict.fromkeys(line[0].row["label"] for line in sweeps))

@@ -8,7 +8,7 @@ from typing import Any
 
 from vitzoo.benchmark.reporting.chart import Arrow, Chart, Group
 from vitzoo.benchmark.reporting.gather import Accuracy, Entry
-from vitzoo.benchmark.reporting.style import GREY, colour, shape
+from vitzoo.benchmark.reporting.style import GREY, colour, shape, ticks
 from vitzoo.benchmark.view import setting
 
 # field of a row -> (what the hover calls it, format)
@@ -30,7 +30,6 @@ _WIDTH = 46  # characters a line of the hover, so that it fits a telephone
 _LEGEND_LINE, _PLOT = 20, 400  # pixels
 _NARROW_KEY = 16  # characters; two of these stand side by side on a telephone
 _LABEL = 10.5  # pixels
-_TICKS = [digit * 10.0**power for power in range(-4, 7) for digit in (1, 2, 5)]  # of logarithmic axes
 
 
 def hover(entry: Entry) -> str:
@@ -145,13 +144,15 @@ def _layout(chart: Chart, keys: list[str]) -> dict[str, Any]:
     axis |= {"automargin": True, "showline": True, "tickfont": {"size": 11}}
     x = {**axis, "title": {"text": chart.x.title, "standoff": 8}}
     y = {**axis, "title": {"text": chart.y.title, "standoff": 6}}
-    for one, what in ((x, chart.x), (y, chart.y)):
+    marks = [mark for group in chart.groups for mark in group.marks]
+    for one, what, values in ((x, chart.x, [m.x for m in marks]), (y, chart.y, [m.y for m in marks])):
         if what.log:
-            one |= {"type": "log", "tickmode": "array", "tickvals": _TICKS, "minor": {"dtick": "D1"}}
-            one |= {"ticktext": [f"{tick:,g}" for tick in _TICKS]}
+            found = ticks(values)
+            one |= {"type": "log", "tickmode": "array", "tickvals": found}
+            one |= {"ticktext": [f"{tick:,g}" for tick in found]}
     if chart.x.log and chart.groups and chart.groups[0].joined:
-        sides = sorted({mark.x for group in chart.groups for mark in group.marks})
-        x |= {"tickvals": sides, "ticktext": [f"{side:g}" for side in sides], "minor": None}
+        sides = sorted({mark.x for mark in marks})
+        x |= {"tickvals": sides, "ticktext": [f"{side:g}" for side in sides]}
     height = _PLOT
     if chart.names:
         height = 90 + 56 * len(chart.names)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitzoo.benchmark.reporting.chart import Chart, Group, Mark
-from vitzoo.benchmark.reporting.style import GREY, colour, shape
+from vitzoo.benchmark.reporting.style import GREY, colour, shape, ticks
 
 _SIZE = (9.0, 5.6)  # inches
 _DOTS = 150  # an inch
@@ -82,20 +82,20 @@ def _marker(number: int | None, which: int) -> dict[str, Any]:
 
 
 def _draw_axes(axes: Any, chart: Chart) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    for axis, what in ((axes.xaxis, chart.x), (axes.yaxis, chart.y)):
+    plain = FuncFormatter(lambda value, _: f"{value:,g}")
+    xs, ys = _places([mark for group in chart.groups for mark in group.marks])
+    for axis, what, values in ((axes.xaxis, chart.x, xs), (axes.yaxis, chart.y, ys)):
         if what.log:
             (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_minor_formatter(NullFormatter())
+            axis.set_major_locator(FixedLocator(ticks(values)))
+            axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(plain)
     axes.set_xlabel(chart.x.title)
     axes.set_ylabel(chart.y.title)
     if chart.groups and chart.groups[0].joined:
-        axes.set_xticks(sorted({mark.x for group in chart.groups for mark in group.marks}))
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(sorted(set(xs)))
     if chart.names:
         axes.set_yticks(range(len(chart.names)), chart.names)
         axes.set_ylim(len(chart.names) - 0.4, -0.6)
