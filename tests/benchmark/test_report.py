@@ -58,6 +58,7 @@ def test_every_point_leads_to_its_row(made: SimpleNamespace, tmp_path: Path) -> 
     }
     assert all(mark.x == mark.entry.row["infer_samples_per_sec"] for mark in top1)
     gmacs = _marks(_charts(*paths)["throughput_vs_gmacs"])
+    assert {"litv2_small", "Vim-Ti at 512"} < {mark.label for mark in gmacs}
     assert all(
         m.x == m.entry.row["infer_gmacs"] and m.y == m.entry.row["infer_samples_per_sec"] for m in gmacs
     )

@@ -81,7 +81,7 @@ def _fronts_say(condition: str) -> str:
 
 def _label_with_size(entry: Entry) -> str:
     asked = entry.row["requested_img_size"]
-    return entry.row["label"] if asked is None else f"{entry.row['label']} {plain(entry.row)['img_size']}"
+    return entry.row["label"] if asked is None else f"{entry.row['label']} at {plain(entry.row)['img_size']}"
 
 
 def _scatter(
