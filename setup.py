@@ -172,6 +172,7 @@ setup(
         "vitzoo.benchmark": ["suites/*.toml"],
         "vitzoo.benchmark.reporting": ["*.j2", "*.js"],
         "vitzoo.demo": ["*.j2"],
+        "vitzoo.quantization": ["recipes/*.toml"],
     },
     **extension(),
 )

@@ -13,6 +13,7 @@ RANKS = {
     "cli": 8,
     "demo": 7,
     "doctor": 7,
+    "deploy": 7,
     "quantization": 6,
     "export": 6,
     "benchmark": 6,

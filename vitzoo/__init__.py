@@ -20,7 +20,9 @@ from vitzoo.registry import CATEGORIES, UnknownModelError, list_models, model_in
 if TYPE_CHECKING:
     from vitzoo.benchmark.flops import count_flops
     from vitzoo.benchmark.run import benchmark
+    from vitzoo.deploy import export_quantized
     from vitzoo.export import export_onnx
+    from vitzoo.quantization.api import quantize
 
 __all__ = [
     "CATEGORIES",
@@ -31,14 +33,21 @@ __all__ = [
     "count_flops",
     "create_model",
     "export_onnx",
+    "export_quantized",
     "kernels",
     "layers",
     "list_models",
     "model_info",
+    "quantize",
     "registry",
 ]
 
-_LAZY = {"count_flops": "vitzoo.benchmark.flops", "export_onnx": "vitzoo.export"}
+_LAZY = {
+    "count_flops": "vitzoo.benchmark.flops",
+    "export_onnx": "vitzoo.export",
+    "export_quantized": "vitzoo.deploy",
+    "quantize": "vitzoo.quantization.api",
+}
 
 
 def __getattr__(name: str) -> Any:

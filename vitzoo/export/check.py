@@ -16,12 +16,19 @@ from vitzoo.testing import relative_difference
 DISCONTINUOUS = ("TopK", "ArgMax", "ArgMin")
 
 
-def open_session(path: str | Path, threads: int | None = None) -> Any:
+def open_session(
+    path: str | Path,
+    threads: int | None = None,
+    optimized: str | Path | None = None,
+    profile: str | Path | None = None,
+) -> Any:
     """Open an ONNX file in ONNX Runtime on the CPU.
 
     Args:
         path: the file.
         threads: threads inside an operator, PyTorch's number if None.
+        optimized: where to write the graph as it will be run.
+        profile: beginning of the name of the file for the times of each node; the session's `end_profiling` gives it.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -32,6 +39,11 @@ def open_session(path: str | Path, threads: int | None = None) -> Any:
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def export_onnx(
         ExportError: the exporter or ONNX Runtime refused the model, or the numbers differ.
     """
     start = time.perf_counter()
-    _require_packages(check)
+    require_packages(check)
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise ValueError(f"opset {opset} is not one of {OPSETS[0]} to {OPSETS[1]}")
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
@@ -122,9 +122,9 @@ def export_onnx(
         reference = eager(make_input(2, 0))
         names = _output_names(model, len(reference))
         tell("trace and translate")
-        program = _translate(model, make_input(2, 0), names, opset)
+        program = translate(model, make_input(2, 0), names, opset)
         nodes = Counter(node.op_type for node in program.model.graph.all_nodes())
-        _describe(program.model, model, size)
+        describe(program.model, model, size)
         tell("write")
         written = folder / target.name
         program.save(str(written), external_data=_weight_bytes(model) > SINGLE_FILE_BYTES)
@@ -151,7 +151,8 @@ def _silent(step: str) -> None:
     """Ignore a step."""
 
 
-def _require_packages(check: bool) -> None:
+def require_packages(check: bool) -> None:
+    """Raise ImportError with the line that installs what export, and its check, need."""
     needed = ["onnx", "onnxscript", *(["onnxruntime"] if check else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -210,8 +211,25 @@ def _weight_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-def _translate(model: nn.Module, x: Tensor, names: list[str], opset: int) -> Any:
-    """Return torch's ONNX program of the model for inputs like x, whose batch of 2 becomes dynamic."""
+def translate(
+    model: nn.Module,
+    x: Tensor,
+    names: list[str],
+    opset: int,
+    translations: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Any:
+    """Return torch's ONNX program of the model for inputs like x, whose batch of 2 becomes dynamic.
+
+    Args:
+        model: in evaluation mode.
+        x: an example, (2, C, H, W).
+        names: of the outputs.
+        opset: ONNX operator set.
+        translations: operator -> its translation, beside those that torch has.
+
+    Raises:
+        ExportError: the exporter refused the model or fixed its batch.
+    """
     try:
         with _quiet(), PlainAttention():
             program = torch.onnx.export(
@@ -222,6 +240,7 @@ def _translate(model: nn.Module, x: Tensor, names: list[str], opset: int) -> Any
                 input_names=["input"],
                 output_names=names,
                 opset_version=opset,
+                custom_translation_table=dict(translations or {}),
                 verbose=False,
             )
     except Exception as error:
@@ -247,7 +266,9 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:2]) or 'no message'}"
 
 
-def _describe(graph_model: Any, model: nn.Module, size: tuple[int, int, int]) -> None:
+def describe(
+    graph_model: Any, model: nn.Module, size: tuple[int, int, int], more: Mapping[str, str] | None = None
+) -> None:
     """Note in the file what it is and how images are prepared for it; drop the paths of sources here."""
     for node in graph_model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
@@ -261,6 +282,7 @@ def _describe(graph_model: Any, model: nn.Module, size: tuple[int, int, int]) ->
         "std": data["std"],
         "interpolation": data["interpolation"],
         "crop_pct": data["crop_pct"],
+        **(more or {}),
     }
     graph_model.metadata_props.update({key: str(value) for key, value in notes.items()})
 

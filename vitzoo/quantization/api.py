@@ -93,6 +93,14 @@ class QuantizedModel(nn.Module):
         return self.graph(x)
 
     @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Return channels, height and width of the images."""
+        shape = (
+            next(node for node in self.float_graph.graph.nodes if node.op == "placeholder").meta["val"].shape
+        )
+        return int(shape[1]), int(shape[2]), int(shape[3])
+
+    @property
     def quantized_macs(self) -> float:
         """Return the share of multiply-accumulates whose operands are quantized."""
         total = sum(site.macs for site in self.sites)
@@ -265,25 +273,46 @@ class _Quantization:
     # quantizers -------------------------------------------------------------------------------------------------
 
     def _fit(self, fixed: Mapping[str, Uniform]) -> dict[str, SitePlan]:
-        dynamic = self.recipe.activations == "dynamic"
-        operands = {name for site in self.sites for name in site.operands}
-        seen = {} if dynamic else self._record(operands)
+        dynamic = {site.name for site in self.sites if self._is_dynamic(site)}
+        watched = {name for site in self.sites if site.name not in dynamic for name in site.operands}
+        written = {site.name: site.result for site in self.sites if self._writes_codes(site)}
+        seen = self._record(watched | {*written.values()})
         found = self._searched() if self.recipe.fit == "search" and not dynamic else {}
+        fitted: dict[tuple[str, str, int], Quantizer] = {}
+
+        def fit(node: str, which: str, bits: int) -> Quantizer:
+            key = node, which, bits
+            if key not in fitted:
+                fixed_one = fixed.get(self._norm_of(node))
+                fitted[key] = fixed_one or self._activation(seen[node].values, which, bits)
+            return fitted[key]
+
         plans = {}
         for site in self.sites:
             if site.name in found:
                 plans[site.name] = found[site.name]
                 continue
-            bits = self.bits[site.name]
-            of_operands = tuple(
-                dynamic_placeholder(bits)
-                if dynamic
-                else fixed.get(self._norm_of(node)) or self._activation(seen[node].values, which, bits)
-                for node, which in zip(site.operands, site.origins, strict=True)
+            bits = self._activation_bits(site)
+            pairs = zip(site.operands, site.origins, strict=True)
+            of_operands: tuple[Quantizer, ...] = tuple(
+                dynamic_placeholder(bits) if site.name in dynamic else fit(node, which, bits)
+                for node, which in pairs
             )
-            weight = self._weight(site, bits) if site.weight else None
-            plans[site.name] = SitePlan(of_operands, weight, dynamic)
+            weight = self._weight(site, self.bits[site.name]) if site.weight else None
+            output = fit(written[site.name], "", bits) if site.name in written else None
+            plans[site.name] = SitePlan(of_operands, weight, site.name in dynamic, output)
         return plans
+
+    def _writes_codes(self, site: Site) -> bool:
+        """Return whether a site's output is quantized too: integer convolutions write codes."""
+        return site.kind == "conv" and self.recipe.runs_as_integers
+
+    def _is_dynamic(self, site: Site) -> bool:
+        return self.recipe.activations == "dynamic" and site.kind != "conv"
+
+    def _activation_bits(self, site: Site) -> int:
+        bits = self.bits[site.name]
+        return self.recipe.activation_bits if bits == self.recipe.weight_bits else bits
 
     def _norm_of(self, name: str) -> str:
         return str(source(self.nodes[name]).name)
@@ -307,6 +336,8 @@ class _Quantization:
 
     def _weight(self, site: Site, bits: int) -> Uniform:
         weight = get_tensor(self.module, str(site.weight))
+        if self.recipe.reduce_range and bits == 8:
+            bits = 7
         if self.recipe.fit == "percentile" and not self.recipe.runs_as_integers:
             return calibration.fit_percentile(weight, bits, 0)
         rows = weight.flatten(1)

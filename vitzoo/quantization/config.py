@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import tomllib
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,10 @@ class Recipe:
         description: one line for people.
         weight_bits: width of weights; one scale an output channel, symmetric.
         activation_bits: width of activations; one scale a tensor.
-        activations: "static" scales from calibration, or "dynamic", found for each call.
+        reduce_range: 8-bit weights keep to [-64, 63]: sums of two u8 x s8 products then fit the 16 bits that CPUs with
+            AVX2 and without VNNI give them, where the full range saturates silently.
+        activations: "static" scales from calibration, or "dynamic", found for each call; convolutions stay static,
+            since runtimes run dynamic ones slower than float.
         fit: how a static scale is found: "minmax", "percentile" (RepQ-ViT's three, least squared error), "mse" (the
             extremes shrunk to the least squared error), "search" (PTQ4ViT's, against the product's output).
         products: quantize the products of attention too.
@@ -52,6 +57,7 @@ class Recipe:
     description: str = ""
     weight_bits: int = 8
     activation_bits: int = 8
+    reduce_range: bool = False
     activations: str = "static"
     fit: str = "mse"
     products: bool = False
@@ -112,3 +118,30 @@ def recipe_from_toml(path: str | Path) -> Recipe:
         raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return Recipe(**{"name": Path(path).stem, **values})
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml"))
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Return a recipe of the package by its name, or a user's by the path of its TOML file.
+
+    Raises:
+        ValueError: no recipe of that name; the message has those that there are, the likeliest first.
+    """
+    if str(name).endswith(".toml"):
+        return recipe_from_toml(name)
+    known = recipe_names()
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"there is no recipe {str(name)!r}{hint} Recipes: {', '.join(known)}, or a FILE.toml"
+        )
+    return recipe_from_toml(Path(str(_folder() / f"{name}.toml")))
+
+
+def _folder() -> Any:
+    return files("vitzoo.quantization") / "recipes"

@@ -8,6 +8,7 @@ names, attention is spelled out, BatchNorm is folded into the layer before it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import warnings
@@ -48,6 +49,7 @@ class Site:
         origins: what each operand comes from: "norm", "softmax", "gelu" or "".
         weight: name of the weight, None for a product of activations.
         macs: multiply-accumulates an image.
+        result: name of the node that holds the output: `node`, or the ReLU that alone reads it.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Site:
     origins: tuple[str, ...]
     weight: str | None
     macs: int
+    result: str
 
 
 @contextlib.contextmanager
@@ -202,8 +205,14 @@ def find_sites(module: fx.GraphModule) -> list[Site]:
             continue
         count = taken[site.name] = taken.get(site.name, 0) + 1
         name = site.name if count == 1 else f"{site.name}#{count}"
-        sites.append(Site(name, site.kind, site.node, site.operands, site.origins, site.weight, site.macs))
+        sites.append(dataclasses.replace(site, name=name))
     return sites
+
+
+def _result(node: Any) -> str:
+    users = [*node.users]
+    rectified = len(users) == 1 and users[0].target in (aten.relu.default, aten.relu_.default)
+    return str(users[0].name if rectified else node.name)
 
 
 def _site(module: fx.GraphModule, node: Any) -> Site | None:
@@ -215,7 +224,9 @@ def _site(module: fx.GraphModule, node: Any) -> Site | None:
         kind = "linear" if node.target is aten.linear.default else "conv"
         name = str(weight_node.target)
         macs = _macs(node, math.prod(weight.shape[1:]))
-        return Site(name.removesuffix(".weight"), kind, node.name, (x.name,), (origin(x),), name, macs)
+        return Site(
+            name.removesuffix(".weight"), kind, node.name, (x.name,), (origin(x),), name, macs, _result(node)
+        )
     if node.target in (aten.matmul.default, aten.bmm.default):
         a, b = node.args
         if "get_attr" in (a.op, b.op):
@@ -223,7 +234,7 @@ def _site(module: fx.GraphModule, node: Any) -> Site | None:
         origins = origin(a), origin(b)
         name = f"{_module_path(node)}.{'mix' if 'softmax' in origins else 'scores'}"
         macs = _macs(node, int(a.meta["val"].shape[-1]))
-        return Site(name, "product", node.name, (a.name, b.name), origins, None, macs)
+        return Site(name, "product", node.name, (a.name, b.name), origins, None, macs, node.name)
     return None
 
 

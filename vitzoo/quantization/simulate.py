@@ -23,11 +23,14 @@ class SitePlan:
         operands: the quantizer of each activation operand; None leaves it as it is.
         weight: the quantizer of the weight, None for a product of activations.
         dynamic: fit the activation's scale anew for each call, to its extremes; `operands` then gives the width.
+        output: the quantizer of a convolution's output, which integer convolutions write as codes; a ReLU that alone
+            reads it is part of it, since its codes begin at zero.
     """
 
     operands: tuple[Quantizer | None, ...]
     weight: Uniform | None = None
     dynamic: bool = False
+    output: Quantizer | None = None
 
 
 def dynamic_range(x: Tensor, qmin: int = 0, qmax: int = 255) -> Uniform:
@@ -85,6 +88,8 @@ class Simulator(fx.Interpreter):
                 self.weights[site.name] = plan.weight(changed[1])
             changed[1] = self.weights[site.name]
         quantized = super().call_function(target, tuple(changed), kwargs)
+        if plan.output is not None:
+            quantized = plan.output(quantized)
         if self.compare is None:
             return quantized
         exact = super().call_function(target, args, kwargs)
@@ -169,6 +174,12 @@ def _quantize_site(module: fx.GraphModule, node: fx.Node, site: Site, plan: Site
         with module.graph.inserting_before(node):
             arguments[i] = module.graph.call_module(name, (arguments[i],))
     node.args = tuple(arguments)
+    if plan.output is not None:
+        name = f"quantize_{node.name}_out"
+        module.add_module(name, FakeQuantize(plan.output))
+        with module.graph.inserting_after(node):
+            quantized = module.graph.call_module(name, (node,))
+        node.replace_all_uses_with(quantized, lambda user: user is not quantized)
     if site.weight is not None and plan.weight is not None:
         owner, _, leaf = site.weight.rpartition(".")
         weight = getattr(module.get_submodule(owner), leaf)

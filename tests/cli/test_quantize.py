@@ -1,0 +1,82 @@
+"""`vitzoo quantize` from a folder of images to a file that passed the gate."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from vitzoo.cli import app
+
+pytest.importorskip("onnxruntime", reason="needs the ONNX packages: pip install 'vitzoo[onnx]'")
+
+MODEL = ["deit_tiny_patch16_224", "--img-size", "64", "-k", "depth=1", "-k", "num_classes=5"]
+LENIENT = ["--least-coverage", "0.5", "--least-speed", "0", "--held-back", "4", "--images", "16"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.RandomState(0)
+    for i in range(20):
+        Image.fromarray(random.randint(0, 256, (70, 70, 3), np.uint8)).save(folder / f"{i:02d}.png")
+    (folder / "03.png").write_bytes(b"broken")
+    return folder
+
+
+def _run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["quantize", *map(str, arguments)])
+    return result.exit_code, result.stdout, " ".join(result.stderr.split())
+
+
+@pytest.mark.filterwarnings("ignore:.*is skipped")
+def test_a_folder_of_images_becomes_an_integer_file(photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "int8.onnx"
+    code, out, err = _run(
+        *MODEL, "--calibration", photos, "-o", path, *LENIENT, "--target", "x86-avx2", "--json"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["skipped_images"] == 1
+    assert found["calibration_images"] == 16
+    assert found["images"] == 3
+    assert found["recipe"] == "w8a8_smooth"
+    assert 0.5 < found["coverage"] < 1
+    assert 0 < found["logit_error"] < 0.2
+    assert "1 images could not be read" in err
+    assert sorted(os.listdir(tmp_path)) == ["int8.json", "int8.onnx"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is skipped")
+def test_a_file_that_is_too_slow_is_refused(photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "int8.onnx"
+    fast = [*LENIENT[:3], "1000", *LENIENT[4:]]
+    code, _, err = _run(*MODEL, "--calibration", photos, "-o", path, *fast, "--target", "x86-avx2")
+    assert code == 1
+    assert "below 1000" in err
+    assert os.listdir(tmp_path) == ["int8.float.onnx"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is skipped")
+def test_fewer_bits_are_simulated_and_say_so(photos: Path, tmp_path: Path) -> None:
+    code, out, err = _run(
+        *MODEL, "--calibration", photos, "--recipe", "w6a6", "-o", tmp_path / "m.onnx", *LENIENT, "--layers"
+    )
+    assert code == 0, err
+    assert "recipe w6a6 is simulated" in err
+    assert "blocks.0.mlp.fc1" in out
+    assert os.listdir(tmp_path) == []
+
+
+def test_mistakes_are_explained(photos: Path, tmp_path: Path) -> None:
+    code, _, err = _run(*MODEL, "--calibration", photos, "--recipe", "w8a9")
+    assert code == 1
+    assert "there is no recipe 'w8a9'" in err
+    code, _, err = _run(*MODEL, "--calibration", tmp_path)
+    assert code == 1
+    assert "has 0 images that can be read" in err

@@ -1,0 +1,200 @@
+"""Quantized ONNX files give the simulation's numbers, run in integers, and are handed over only through the gate."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vitzoo.deploy import GateError, Thresholds, export_quantized, onnxruntime_coverage, this_machine
+from vitzoo.deploy import gate as gate_module
+from vitzoo.export.check import open_session, run_session
+from vitzoo.export.quantized import write_quantized
+from vitzoo.quantization.api import QuantizedModel, quantize
+from vitzoo.quantization.config import Recipe, load_recipe, recipe_names
+from vitzoo.quantization.qdq import integer_graph
+from vitzoo.testing import image, relative_difference
+
+pytest.importorskip("onnxruntime", reason="needs the ONNX packages: pip install 'vitzoo[onnx]'")
+
+SIZE = 64
+BATCHES = [image((4, 3, SIZE, SIZE), seed) for seed in range(2)]
+HELD_BACK = image((5, 3, SIZE, SIZE), 9)
+RECIPES = {
+    "static": Recipe("static"),
+    "dynamic": Recipe("dynamic", activations="dynamic"),
+    "products": Recipe("products", products=True),
+    "dynamic_products": Recipe("dynamic_products", activations="dynamic", products=True),
+    "reduced": Recipe("reduced", reduce_range=True),
+    "reparam": Recipe("reparam", norm="channel", fit="percentile"),
+}
+
+
+class Mixed(nn.Module):
+    """Convolutions with and without ReLU, groups and bias, then tokens with attention."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 4, stride=4)
+        self.relu = nn.ReLU()
+        self.deep = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.wide = nn.Conv2d(16, 32, 3, stride=2, padding=1, dilation=1)
+        self.block = timm.models.vision_transformer.Block(32, 2)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.wide(self.deep(self.relu(self.stem(x))))
+        x = self.block(x.flatten(2).transpose(1, 2))  # (B, 64, 32)
+        return self.head(x.mean(1))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return Mixed().eval()
+
+
+@pytest.fixture(scope="module")
+def made(model: nn.Module) -> dict[str, QuantizedModel]:
+    return {name: quantize(model, recipe, BATCHES) for name, recipe in RECIPES.items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("unsigned", [False, True], ids=["s8", "u8"])
+def test_the_graph_to_export_is_the_simulation(
+    made: dict[str, QuantizedModel], name: str, unsigned: bool
+) -> None:
+    graph = integer_graph(made[name], unsigned)
+    with torch.no_grad():
+        # integer biases move a few codes across a tie: far less than quantization itself costs
+        assert relative_difference(graph(HELD_BACK), made[name](HELD_BACK)) < 0.01
+    held = {str(t.dtype) for n, t in graph.named_buffers() if n.endswith("weight_codes")}
+    assert held == {"torch.uint8" if unsigned else "torch.int8"}
+    assert not [n for n, _ in graph.named_parameters() if n in ("head.weight", "stem.weight")]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("target", ["x86-vnni", "x86-avx2"])
+def test_a_file_runs_in_integers_at_every_batch(
+    model: nn.Module, made: dict[str, QuantizedModel], name: str, target: str, tmp_path: Path
+) -> None:
+    if target == "x86-vnni" and not RECIPES[name].reduce_range and this_machine() != target:
+        pytest.skip("this machine saturates sums of full-range u8 x s8 products")
+    path = tmp_path / "m.onnx"
+    write_quantized(made[name], path, model, target)
+    session = open_session(path)
+    for batch in (1, 3, 8):
+        x = image((batch, 3, SIZE, SIZE), 20 + batch)
+        with torch.no_grad():
+            exact, simulated = model(x), made[name](x)
+        (out,) = run_session(session, x)
+        # codes that lie on a tie may round either way: never more than quantization itself costs
+        assert relative_difference(out, simulated) < 0.01
+        assert relative_difference(out, exact) < 0.05
+        if RECIPES[name].activations == "static" or batch == 1:
+            assert relative_difference(out, exact) > 1e-5, "nothing was quantized"
+    coverage = onnxruntime_coverage(path, HELD_BACK[:1])
+    assert coverage.share > (0.99 if RECIPES[name].products else 0.83), coverage.by_kernel
+    weights = {"uint8"} if target == "x86-avx2" and not RECIPES[name].reduce_range else {"int8"}
+    assert _weight_types(path) == weights
+
+
+def _weight_types(path: Path) -> set[str]:
+    import onnx
+
+    tensors = [onnx.numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer]
+    return {str(t.dtype) for t in tensors if t.ndim > 1 and t.dtype.itemsize == 1}
+
+
+def test_coverage_counts_the_products_of_the_optimized_graph(model: nn.Module, tmp_path: Path) -> None:
+    import vitzoo
+
+    vitzoo.export_onnx(model, tmp_path / "f.onnx", SIZE)
+    found = onnxruntime_coverage(tmp_path / "f.onnx", HELD_BACK[:2])
+    tokens, width = 64, 32
+    convolutions = 16 * 16 * 16 * 48 + 16 * 16 * 16 * 9 + tokens * width * 16 * 9
+    attention = 2 * tokens * tokens * width
+    linear = tokens * width * width * (3 + 1 + 4 + 4) + 10 * width
+    assert found.total_macs == 2 * (convolutions + attention + linear)
+    assert found.integer_macs == 0
+    assert sum(found.floating.values()) == found.total_macs
+
+
+def test_the_gate_hands_over_a_file_with_its_figures(
+    model: nn.Module, made: dict[str, QuantizedModel], tmp_path: Path
+) -> None:
+    path = tmp_path / "m.onnx"
+    anything = Thresholds(coverage=0.8, speed=0.0, error=0.05)
+    gate = export_quantized(model, made["dynamic"], path, HELD_BACK, "x86-avx2", anything, threads=1)
+    assert sorted(os.listdir(tmp_path)) == ["m.json", "m.onnx"]
+    facts: dict[str, Any] = json.loads((tmp_path / "m.json").read_text())
+    assert facts["gate"]["logit_error"] == gate.logit_error > 0
+    assert facts["bytes"] == path.stat().st_size
+    assert facts["preprocessing"]["mean"]
+    assert gate.top1_agreement >= 0.8
+    assert gate.images == len(HELD_BACK)
+    assert gate.simulation_error < gate.logit_error
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "words"),
+    [
+        (Thresholds(coverage=1.0, speed=0), "integer coverage is 0.83"),
+        (Thresholds(coverage=0, speed=1000), "speed is"),
+        (Thresholds(coverage=0, speed=0, error=1e-9), "relative logit error is"),
+    ],
+)
+def test_the_gate_keeps_the_float_file_instead(
+    model: nn.Module, made: dict[str, QuantizedModel], tmp_path: Path, thresholds: Thresholds, words: str
+) -> None:
+    with pytest.raises(GateError, match=words) as caught:
+        export_quantized(model, made["static"], tmp_path / "m.onnx", HELD_BACK, "x86-avx2", thresholds)
+    assert os.listdir(tmp_path) == ["m.float.onnx"]
+    assert caught.value.float_path == tmp_path / "m.float.onnx"
+    (out,) = run_session(open_session(caught.value.float_path), HELD_BACK)
+    with torch.no_grad():
+        assert relative_difference(out, model(HELD_BACK)) < 1e-5
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(
+    model: nn.Module,
+    made: dict[str, QuantizedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    four = quantize(model, load_recipe("w4a4"), BATCHES)
+    with pytest.raises(ValueError, match="recipe 'w4a4' is simulated only"):
+        write_quantized(four, tmp_path / "m.onnx", model, "x86-vnni")
+    with pytest.raises(ValueError, match="target is 'x86', expected one of x86-vnni, x86-avx2"):
+        write_quantized(made["static"], tmp_path / "m.onnx", model, "x86")
+    with pytest.raises(ValueError, match="no held-back images"):
+        export_quantized(model, made["static"], tmp_path / "m.onnx", HELD_BACK[:0], "x86-avx2")
+    monkeypatch.setattr(gate_module, "this_machine", lambda: "x86-avx2")
+    with pytest.raises(ValueError, match="x86-vnni cannot be checked on this machine, x86-avx2"):
+        export_quantized(model, made["static"], tmp_path / "m.onnx", HELD_BACK, "x86-vnni")
+    with pytest.raises(FileNotFoundError, match="the folder does not exist"):
+        write_quantized(made["static"], tmp_path / "no" / "m.onnx", model, "x86-vnni")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_package_is_read(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert recipe.runs_as_integers == name.startswith("w8a8")
+
+
+def test_an_unknown_recipe_names_the_likeliest() -> None:
+    with pytest.raises(
+        ValueError, match=r"no recipe 'w8a8_smoth'; did you mean 'w8a8_smooth'\? Recipes: fq, "
+    ):
+        load_recipe("w8a8_smoth")

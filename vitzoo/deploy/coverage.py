@@ -1,0 +1,122 @@
+"""Which multiply-accumulates of an ONNX file run in integer kernels, read off the graph that the runtime runs.
+
+A file with Q and DQ nodes may run in float all the same: whether a runtime fuses them is known only after it has
+optimized the graph. Here each product of that graph is counted by the shapes it had in a run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vitzoo.export.check import open_session, run_session
+
+# kernels whose products are of integers -> place of the second factor among the inputs
+INTEGER = {
+    "QLinearConv": 3,
+    "ConvInteger": 1,
+    "QGemm": 3,
+    "QLinearMatMul": 3,
+    "MatMulInteger": 1,
+    "MatMulInteger16": 1,
+    "MatMulIntegerToFloat": 1,
+    "DynamicQuantizeMatMul": 1,
+    "MatMulNBits": 1,
+}
+FLOATING = {
+    "Conv": 1,
+    "FusedConv": 1,
+    "ConvTranspose": 1,
+    "Gemm": 1,
+    "FusedGemm": 1,
+    "MatMul": 1,
+    "FusedMatMul": 1,
+}
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Products of one run of an optimized graph.
+
+    Attributes:
+        integer_macs: multiply-accumulates in integer kernels.
+        total_macs: multiply-accumulates in all.
+        by_kernel: kernel -> multiply-accumulates.
+        floating: name of each product in floating point -> multiply-accumulates, the largest first.
+    """
+
+    integer_macs: int
+    total_macs: int
+    by_kernel: Mapping[str, int]
+    floating: Mapping[str, int]
+
+    @property
+    def share(self) -> float:
+        """Return the share of multiply-accumulates in integer kernels."""
+        return self.integer_macs / max(1, self.total_macs)
+
+
+def onnxruntime_coverage(path: str | Path, x: Tensor) -> Coverage:
+    """Run a file in ONNX Runtime and count its products.
+
+    Args:
+        path: the file.
+        x: images, (B, C, H, W), float32.
+
+    Returns:
+        The products of the one run; bodies of `Scan`, `If` and `Loop` included as they were run.
+    """
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder, "optimized.onnx")
+        session = open_session(path, optimized=optimized, profile=Path(folder, "run"))
+        run_session(session, x)
+        events = json.loads(Path(session.end_profiling()).read_text())
+        model = onnx.load(str(optimized), load_external_data=False)
+    graphs = [model.graph]
+    nodes: dict[str, Any] = {}
+    shapes: dict[str, Sequence[int]] = {}
+    while graphs:
+        graph = graphs.pop()
+        shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        for node in graph.node:
+            nodes[node.name] = node
+            graphs += [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    by_kernel: dict[str, int] = {}
+    floating: dict[str, int] = {}
+    for event in events:
+        kernel = event.get("args", {}).get("op_name")
+        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
+            continue
+        if kernel not in INTEGER and kernel not in FLOATING:
+            continue
+        node = nodes[event["name"].removesuffix("_kernel_time")]
+        macs = _macs(node, kernel, event["args"], shapes)
+        by_kernel[kernel] = by_kernel.get(kernel, 0) + macs
+        if kernel in FLOATING:
+            floating[node.name] = floating.get(node.name, 0) + macs
+    integer = sum(macs for kernel, macs in by_kernel.items() if kernel in INTEGER)
+    ordered = dict(sorted(floating.items(), key=lambda item: -item[1]))
+    return Coverage(integer, sum(by_kernel.values()), by_kernel, ordered)
+
+
+def _macs(node: Any, kernel: str, seen: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> int:
+    out = _shape(seen["output_type_shape"][0])
+    if "Conv" in kernel:
+        weight = shapes[node.input[{**INTEGER, **FLOATING}[kernel]]]
+        return math.prod(out) * math.prod(weight[1:])
+    first = _shape(seen["input_type_shape"][0])
+    transposed = any(a.name in ("transA", "transposeA") and a.i for a in node.attribute)
+    return math.prod(out) * (first[-2] if transposed else first[-1])
+
+
+def _shape(entry: Mapping[str, Sequence[int]]) -> list[int]:
+    return [int(n) for n in next(iter(entry.values()))]

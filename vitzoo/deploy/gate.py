@@ -1,0 +1,281 @@
+"""The gate: a quantized file is handed over only if the runtime runs it in integers, faster, and near the float model.
+
+The policy is ModelOpt's: below a threshold the float file is kept instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from vitzoo._version import __version__
+from vitzoo.benchmark.machine import cpu, machine
+from vitzoo.benchmark.timing import compare
+from vitzoo.deploy.coverage import onnxruntime_coverage
+from vitzoo.export import export_onnx
+from vitzoo.export.check import open_session, run_session
+from vitzoo.export.files import publish, scratch_folder
+from vitzoo.export.quantized import OPSET, check_target, write_quantized
+from vitzoo.quantization.api import QuantizedModel
+
+RUN_BATCHES = (1, 3, 8)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a quantized file has to reach.
+
+    Attributes:
+        coverage: least share of multiply-accumulates in integer kernels.
+        speed: least speed relative to the float file in the same runtime.
+        error: largest relative error of the logits on held-back images; None asks for none.
+
+    Raises:
+        ValueError: a number that no file can have.
+    """
+
+    coverage: float = 0.9
+    speed: float = 1.02
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.coverage <= 1:
+            raise ValueError(f"coverage is {self.coverage}, expected 0 to 1")
+        if self.speed < 0:
+            raise ValueError(f"speed is {self.speed}, expected a ratio of 0 or more")
+        if self.error is not None and not self.error > 0:
+            raise ValueError(f"error is {self.error}, expected a positive relative error")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What was found when a quantized file was run.
+
+    Attributes:
+        coverage: share of multiply-accumulates in integer kernels of the graph that the runtime ran.
+        floating: largest products left in floating point, name -> share of all multiply-accumulates.
+        speed: images a second relative to the float file, in the same runtime, rounds interleaved.
+        float_ms: median time of a batch of the float file, ms.
+        int8_ms: median time of a batch of the quantized file, ms.
+        batch_size: images in that batch.
+        threads: threads of the runtime.
+        logit_error: norm(int8 - float) / norm(float) of the logits on the held-back images.
+        top1_agreement: share of those images on which both name the same class.
+        simulation_error: norm(int8 - simulated) / norm(float): what rounding that falls the other way makes of equal
+            scales.
+        images: held-back images compared.
+    """
+
+    coverage: float
+    floating: dict[str, float]
+    speed: float
+    float_ms: float
+    int8_ms: float
+    batch_size: int
+    threads: int
+    logit_error: float
+    top1_agreement: float
+    simulation_error: float
+    images: int
+
+    def complaints(self, thresholds: Thresholds) -> list[str]:
+        """Return a sentence for each threshold that is missed."""
+        found = []
+        if self.coverage < thresholds.coverage:
+            left = ", ".join(f"{name} {share:.1%}" for name, share in [*self.floating.items()][:3])
+            found.append(
+                f"integer coverage is {self.coverage:.3f}, below {thresholds.coverage} (in float: {left})"
+            )
+        if self.speed < thresholds.speed:
+            found.append(f"speed is {self.speed:.2f} of the float file's, below {thresholds.speed}")
+        if thresholds.error is not None and self.logit_error > thresholds.error:
+            found.append(f"relative logit error is {self.logit_error:.4f}, above {thresholds.error}")
+        return found
+
+
+class GateError(RuntimeError):
+    """A quantized file missed a threshold; the float file was kept in its place.
+
+    Attributes:
+        gate: what was found.
+        float_path: the file that was kept.
+    """
+
+    def __init__(self, message: str, gate: Gate, float_path: Path) -> None:
+        super().__init__(message)
+        self.gate, self.float_path = gate, float_path
+
+
+def export_quantized(
+    model: nn.Module,
+    quantized: QuantizedModel,
+    path: str | os.PathLike[str],
+    held_back: Tensor,
+    target: str,
+    thresholds: Thresholds | None = None,
+    threads: int | None = None,
+    batch_size: int = 8,
+    opset: int = OPSET,
+    progress: Callable[[str], None] | None = None,
+) -> Gate:
+    """Write a quantized model as an ONNX file, if the gate lets it pass, with a JSON file of the same stem beside it.
+
+    Both files are written under other names and renamed when all has been checked.
+
+    Args:
+        model: the float model, on the CPU.
+        quantized: made from it by `quantize`.
+        path: the file, `*.onnx`.
+        held_back: images that were not calibrated on, (B, C, H, W), as the model takes them.
+        target: see `vitzoo.export.quantized.TARGETS`.
+        thresholds: what the file has to reach; the default asks for coverage 0.9 and speed 1.02.
+        threads: threads of the runtime, PyTorch's number if None.
+        batch_size: of the timing.
+        opset: ONNX operator set.
+        progress: called with a few words at the start of each step.
+
+    Returns:
+        What was found.
+
+    Raises:
+        GateError: a threshold was missed; `<stem>.float.onnx` was written instead.
+        ImportError: an ONNX package is missing; the message has the line that installs it.
+        OSError: the folder does not exist or cannot be written.
+        ValueError: no images, a target that is unknown or cannot be checked here, or a recipe that is simulated only.
+    """
+    check_target(target)
+    here = this_machine()
+    if here == "x86-avx2" and target == "x86-vnni" and not quantized.recipe.reduce_range:
+        raise ValueError(
+            f"a file for {target} cannot be checked on this machine, {here}: it saturates sums of full-range u8 x s8 "
+            f"products. Take target {here}, or run this where there is VNNI"
+        )
+    if len(held_back) == 0:
+        raise ValueError("there are no held-back images to compare on")
+    tell, thresholds, destination = progress or _silent, thresholds or Thresholds(), Path(path)
+    with scratch_folder(destination) as folder:
+        written = folder / destination.name
+        floating = folder / f"{destination.stem}.float.onnx"
+        tell("export the float model")
+        export_onnx(model, floating, quantized.input_size, opset)
+        tell("export the quantized model")
+        nodes = write_quantized(quantized, written, model, target, opset)
+        gate = _measure(model, quantized, floating, written, held_back, threads, batch_size, tell)
+        complaints = gate.complaints(thresholds)
+        if complaints:
+            written.unlink()
+            publish(folder, destination.with_name(floating.name))
+            kept = destination.with_name(floating.name)
+            raise GateError(f"{'; '.join(complaints)}. Kept the float file {kept}", gate, kept)
+        floating.unlink()
+        facts = _facts(model, quantized, written, target, gate, nodes, opset)
+        written.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        publish(folder, destination)
+    return gate
+
+
+def this_machine() -> str:
+    """Return the target that this machine is."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "arm"
+    flags = cpu()["flags"]
+    return "x86-vnni" if {"avx512_vnni", "avx_vnni"} & {*flags} else "x86-avx2"
+
+
+def _silent(step: str) -> None:
+    """Ignore a step."""
+
+
+def _measure(
+    model: nn.Module,
+    quantized: QuantizedModel,
+    floating: Path,
+    written: Path,
+    held_back: Tensor,
+    threads: int | None,
+    batch_size: int,
+    tell: Callable[[str], None],
+) -> Gate:
+    tell("count what runs in integers")
+    coverage = onnxruntime_coverage(written, held_back[:1])
+    threads = threads or torch.get_num_threads()
+    sessions = {"float": open_session(floating, threads), "int8": open_session(written, threads)}
+    tell("compare with the float model")
+    outputs = {name: _logits(session, held_back) for name, session in sessions.items()}
+    with torch.no_grad():
+        simulated = torch.cat([quantized(x) for x in held_back.split(batch_size)])
+    size = outputs["float"].norm()
+    for batch in RUN_BATCHES:
+        run_session(sessions["int8"], held_back[:1].expand(batch, -1, -1, -1))
+    tell("time both files")
+    x = held_back[torch.arange(batch_size) % len(held_back)]
+    times = compare(
+        {name: functools.partial(run_session, session, x) for name, session in sessions.items()},
+        seconds=3.0,
+        images=batch_size,
+        threads=threads,
+    )
+    return Gate(
+        coverage=coverage.share,
+        floating={name: macs / coverage.total_macs for name, macs in coverage.floating.items()},
+        speed=times["int8"].ratio_to(times["float"]),
+        float_ms=1e3 * times["float"].median,
+        int8_ms=1e3 * times["int8"].median,
+        batch_size=batch_size,
+        threads=threads,
+        logit_error=float((outputs["int8"] - outputs["float"]).norm() / size),
+        top1_agreement=float((outputs["int8"].argmax(1) == outputs["float"].argmax(1)).float().mean()),
+        simulation_error=float((outputs["int8"] - simulated).norm() / size),
+        images=len(held_back),
+    )
+
+
+def _logits(session: Any, images: Tensor, batch: int = 8) -> Tensor:
+    return torch.cat([run_session(session, x)[0] for x in images.split(batch)])
+
+
+def _facts(
+    model: nn.Module,
+    quantized: QuantizedModel,
+    file: Path,
+    target: str,
+    gate: Gate,
+    nodes: dict[str, int],
+    opset: int,
+) -> dict[str, Any]:
+    """Return what stands in the JSON file beside an ONNX file."""
+    data = resolve_model_data_config(model)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return {
+        "file": file.name,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "bytes": file.stat().st_size,
+        "architecture": cfg.get("architecture") or type(model).__name__,
+        "num_classes": getattr(model, "num_classes", None),
+        "label_names": cfg.get("label_names"),
+        "input": {"name": "input", "shape": ["batch", *quantized.input_size], "dtype": "float32"},
+        "output": {"name": "logits"},
+        "preprocessing": {
+            key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        },
+        "opset": opset,
+        "nodes": nodes,
+        "target": target,
+        "recipe": dataclasses.asdict(quantized.recipe),
+        "layers": [dataclasses.asdict(layer) for layer in quantized.layers],
+        "gate": dataclasses.asdict(gate),
+        "machine": machine(),
+        "vitzoo": __version__,
+    }

@@ -1,0 +1,117 @@
+"""Export of a quantized model to ONNX: Q and DQ nodes where scales are static, integer products where they are not.
+
+The translations below are those of the operators in `vitzoo.quantization.qdq`. Standard ONNX operators only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitzoo.export.files import publish, scratch_folder
+from vitzoo.export.onnx import describe, require_packages, translate
+from vitzoo.quantization.api import QuantizedModel
+from vitzoo.quantization.qdq import integer_graph
+
+TARGETS = ("x86-vnni", "x86-avx2", "arm", "tensorrt")
+OPSET = 20
+
+
+def write_quantized(
+    quantized: QuantizedModel, path: str | os.PathLike[str], model: nn.Module, target: str, opset: int = OPSET
+) -> dict[str, int]:
+    """Write a quantized model as an ONNX file with a dynamic batch, unchecked; `vitzoo.deploy` checks it.
+
+    Args:
+        quantized: from `quantize`, by a recipe whose `runs_as_integers` is true.
+        path: file to write, whole or not at all.
+        model: the float model, for the notes in the file.
+        target: who will run it, one of `TARGETS`. For "x86-avx2" weights of the full int8 range become uint8.
+        opset: ONNX operator set, 20 to 23.
+
+    Returns:
+        node type -> count.
+
+    Raises:
+        ImportError: an ONNX package is missing; the message has the line that installs it.
+        OSError: the folder does not exist or cannot be written.
+        ValueError: an unknown target, or a recipe that is simulated only.
+        ExportError: the exporter refused the model.
+    """
+    require_packages(check=False)
+    check_target(target)
+    destination = Path(path)
+    with scratch_folder(destination) as folder:
+        unsigned = target == "x86-avx2" and not quantized.recipe.reduce_range
+        graph = integer_graph(quantized, unsigned)
+        size = quantized.input_size
+        x = torch.zeros(2, *size)
+        with torch.no_grad():
+            program = translate(graph, x, ["logits"], opset, translations())
+        notes = {"vitzoo.recipe": quantized.recipe.name, "vitzoo.target": target}
+        describe(program.model, model, size, notes)
+        program.save(str(folder / destination.name), external_data=False)
+        publish(folder, destination)
+    return dict(sorted(Counter(node.op_type for node in program.model.graph.all_nodes()).items()))
+
+
+def check_target(target: str) -> None:
+    """Raise ValueError unless a target is one of `TARGETS`."""
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Return operator -> translation, for torch.onnx.export."""
+    import onnx_ir as ir
+    from onnxscript import opset20
+
+    op: Any = opset20  # its annotations know ONNX's own tensors only
+
+    def scalar(value: float, kind: type = float) -> Any:
+        tensor = torch.tensor(value, dtype=torch.float32 if kind is float else torch.uint8)
+        return op.Constant(value=ir.tensor(tensor.numpy()))
+
+    def zero_points(codes: Any, zero_point: int, count: int = 0) -> Any:
+        unsigned = codes.dtype == ir.DataType.UINT8
+        wide = codes.dtype == ir.DataType.INT32
+        kind = torch.uint8 if unsigned else torch.int32 if wide else torch.int8
+        value = torch.full((count,) if count else (), zero_point, dtype=kind)
+        return op.Constant(value=ir.tensor(value.numpy()))
+
+    def fake_quantize(x: Any, scale: float, zero_point: int) -> Any:
+        s, z = scalar(scale), scalar(zero_point, int)
+        return op.DequantizeLinear(op.QuantizeLinear(x, s, z), s, z)
+
+    def dequantize(codes: Any, scale: Any, axis: int, zero_point: int) -> Any:
+        count = int(codes.shape[axis])
+        return op.DequantizeLinear(codes, scale, zero_points(codes, zero_point, count), axis=axis)
+
+    def scaled(accumulator: Any, x_scale: Any, scale: Any) -> Any:
+        return op.Mul(op.Cast(accumulator, to=ir.DataType.FLOAT), op.Mul(x_scale, scale))
+
+    def dynamic_linear(x: Any, codes: Any, scale: Any, zero_point: int, bias: Any) -> Any:
+        q, s, z = op.DynamicQuantizeLinear(x)
+        count = int(codes.shape[1])
+        product = op.MatMulInteger(q, codes, z, zero_points(codes, zero_point, count))
+        out = scaled(product, s, scale)
+        return out if bias is None else op.Add(out, bias)
+
+    def dynamic_product(a: Any, b: Any) -> Any:
+        qa, sa, za = op.DynamicQuantizeLinear(a)
+        qb, sb, zb = op.DynamicQuantizeLinear(b)
+        return scaled(op.MatMulInteger(qa, qb, za, zb), sa, sb)
+
+    operators = torch.ops.vitzoo_qdq
+    return {
+        operators.fake_quantize.default: fake_quantize,
+        operators.dequantize.default: dequantize,
+        operators.dynamic_linear.default: dynamic_linear,
+        operators.dynamic_product.default: dynamic_product,
+    }

@@ -1,0 +1,218 @@
+"""The quantized graph as runtimes take it: integer weights, and operators that stand for ONNX's Q and DQ nodes.
+
+Each operator runs in PyTorch too, with the numbers of `simulate.py`, so that the graph that is exported is a graph that
+was tested. `vitzoo.export.quantized` translates them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vitzoo.quantization.api import QuantizedModel
+from vitzoo.quantization.graph import Site, get_tensor
+from vitzoo.quantization.quantizers import Quantizer, Uniform
+from vitzoo.quantization.simulate import SitePlan, dynamic_range
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("vitzoo_qdq::fake_quantize", mutates_args=())
+def fake_quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Return x as uint8 codes hold it: QuantizeLinear and DequantizeLinear with one scale a tensor."""
+    return _uniform(scale, zero_point)(x)
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("vitzoo_qdq::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor, axis: int, zero_point: int) -> Tensor:
+    """Return (codes - zero_point) scale, one scale an index of `axis`: DequantizeLinear of a constant."""
+    shape = [1] * codes.ndim
+    shape[axis] = -1
+    return (codes.to(scale.dtype) - zero_point) * scale.reshape(shape)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, axis: int, zero_point: int) -> Tensor:
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+@torch.library.custom_op("vitzoo_qdq::dynamic_linear", mutates_args=())
+def dynamic_linear(x: Tensor, codes: Tensor, scale: Tensor, zero_point: int, bias: Tensor | None) -> Tensor:
+    """Return x W + bias, x quantized with a scale of its own, W (in, out) in integers with one scale a column."""
+    weight = (codes.to(scale.dtype) - zero_point) * scale
+    out = dynamic_range(x)(x) @ weight
+    return out if bias is None else out + bias
+
+
+@dynamic_linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, zero_point: int, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[1])
+
+
+@torch.library.custom_op("vitzoo_qdq::dynamic_product", mutates_args=())
+def dynamic_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b, each quantized with a scale of its own."""
+    return dynamic_range(a)(a) @ dynamic_range(b)(b)
+
+
+@dynamic_product.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return torch.matmul(a, b)
+
+
+def _uniform(scale: float, zero_point: int) -> Uniform:
+    return Uniform(torch.tensor(scale), torch.tensor(float(zero_point)), 0, 255)
+
+
+def integer_graph(quantized: QuantizedModel, unsigned_weights: bool = False) -> fx.GraphModule:
+    """Return a quantized model as the graph to export: it gives the logits that `quantized` gives.
+
+    Args:
+        quantized: from `quantize`, by a recipe whose `runs_as_integers` is true.
+        unsigned_weights: hold weights as uint8 with zero point 128 instead of int8: the same values, and u8 x u8
+            products, which no CPU saturates.
+
+    Raises:
+        ValueError: the recipe has widths or quantizers that no runtime executes.
+    """
+    recipe = quantized.recipe
+    if not recipe.runs_as_integers:
+        raise ValueError(
+            f"recipe {recipe.name!r} is simulated only: runtimes execute uniform 8-bit quantizers; "
+            "take w8a8, w8a8_dynamic, w8a8_smooth or w8a8_reparam"
+        )
+    return _Builder(quantized, unsigned_weights).run()
+
+
+class _Builder:
+    """Rewrites the planned sites of a copy of the float graph."""
+
+    def __init__(self, quantized: QuantizedModel, unsigned_weights: bool) -> None:
+        self.quantized = quantized
+        self.zero_point = 128 if unsigned_weights else 0
+        self.module = copy.deepcopy(quantized.float_graph)
+        self.graph = self.module.graph
+        self.shared: dict[tuple[str, float, int], fx.Node] = {}
+
+    def run(self) -> fx.GraphModule:
+        nodes = {node.name: node for node in self.graph.nodes}
+        for site in self.quantized.sites:
+            plan = self.quantized.plans.get(site.name)
+            if plan is not None:
+                with self.graph.inserting_before(nodes[site.node]):
+                    self._rewrite(site, plan, nodes[site.node], nodes[site.result])
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        self.module.delete_all_unused_submodules()
+        self._drop_float_weights()
+        self.module.recompile()
+        return self.module
+
+    def _rewrite(self, site: Site, plan: SitePlan, node: fx.Node, result: fx.Node) -> None:
+        build = {"linear": self._linear, "conv": self._conv, "product": self._product}[site.kind]
+        replacement = build(site, plan, node)
+        target = node
+        if plan.output is not None:  # its codes begin at zero where a ReLU is part of it
+            replacement, target = self._quantized(replacement, plan.output), result
+        target.replace_all_uses_with(replacement)
+        replacement.meta.setdefault("val", target.meta.get("val"))
+        for old in dict.fromkeys((target, node)):
+            self.graph.erase_node(old)
+
+    def _quantized(self, x: fx.Node, quantizer: Quantizer | None) -> fx.Node:
+        assert isinstance(quantizer, Uniform)
+        scale, zero_point = float(quantizer.scale), int(quantizer.zero_point)
+        if not 0 <= zero_point <= 255:
+            raise ValueError(f"zero point {zero_point} of {x.name} does not fit into uint8")
+        key = x.name, scale, zero_point
+        if key not in self.shared:
+            place = x.next if x.op != "placeholder" else self._first()
+            with self.graph.inserting_before(place):
+                self.shared[key] = self._call(
+                    torch.ops.vitzoo_qdq.fake_quantize.default, x, scale, zero_point
+                )
+        return self.shared[key]
+
+    def _first(self) -> fx.Node:
+        return next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
+
+    def _call(self, target: Any, *arguments: Any) -> fx.Node:
+        return self.graph.call_function(target, arguments)
+
+    def _constant(self, name: str, value: Tensor) -> fx.Node:
+        flat = name.replace(".", "_")
+        self.module.register_buffer(flat, value.contiguous())
+        return self.graph.get_attr(flat)
+
+    def _weight(self, site: Site, plan: SitePlan, transpose: bool) -> tuple[fx.Node, fx.Node, Tensor]:
+        """Return the nodes of a weight's codes and scales, and the scales."""
+        quantizer = plan.weight
+        assert quantizer is not None
+        weight = get_tensor(self.quantized.float_graph, str(site.weight)).detach()
+        codes = quantizer.codes(weight) + self.zero_point
+        codes = codes.to(torch.uint8 if self.zero_point else torch.int8)
+        scale = quantizer.scale.detach().flatten()
+        name = str(site.weight)
+        codes_node = self._constant(f"{name}_codes", codes.t() if transpose else codes)
+        return codes_node, self._constant(f"{name}_scale", scale), scale
+
+    def _linear(self, site: Site, plan: SitePlan, node: fx.Node) -> fx.Node:
+        x, _, *rest = node.args
+        assert isinstance(x, fx.Node)
+        bias = rest[0] if rest else None
+        codes, scale, _ = self._weight(site, plan, transpose=True)
+        if plan.dynamic:
+            operator = torch.ops.vitzoo_qdq.dynamic_linear.default
+            return self._call(operator, x, codes, scale, self.zero_point, bias)
+        weight = self._call(torch.ops.vitzoo_qdq.dequantize.default, codes, scale, 1, self.zero_point)
+        product = self._call(aten.matmul.default, self._quantized(x, plan.operands[0]), weight)
+        return product if bias is None else self._call(aten.add.Tensor, product, bias)
+
+    def _conv(self, site: Site, plan: SitePlan, node: fx.Node) -> fx.Node:
+        defaults = [None, None, None, [1, 1], [0, 0], [1, 1], 1]
+        filled: list[Any] = [*node.args, *defaults[len(node.args) :]]
+        x, _, bias, stride, padding, dilation, groups = filled
+        assert isinstance(x, fx.Node)
+        codes, scale, scales = self._weight(site, plan, transpose=False)
+        quantizer = plan.operands[0]
+        assert isinstance(quantizer, Uniform)
+        weight = self._call(torch.ops.vitzoo_qdq.dequantize.default, codes, scale, 0, self.zero_point)
+        if isinstance(bias, fx.Node):
+            bias = self._bias(site, bias, quantizer.scale * scales)
+        quantized = self._quantized(x, quantizer)
+        return self._call(aten.conv2d.default, quantized, weight, bias, stride, padding, dilation, groups)
+
+    def _bias(self, site: Site, node: fx.Node, scale: Tensor) -> fx.Node:
+        """Return the bias in int32 steps of the accumulator, what an integer convolution adds."""
+        values = get_tensor(self.quantized.float_graph, str(node.target)).detach()
+        limit = 2**31 - 1
+        codes = torch.round(values.double() / scale.double()).clamp(-limit, limit).to(torch.int32)
+        name = f"{site.weight}_bias"
+        arguments = self._constant(f"{name}_codes", codes), self._constant(f"{name}_scale", scale)
+        return self._call(torch.ops.vitzoo_qdq.dequantize.default, *arguments, 0, 0)
+
+    def _product(self, site: Site, plan: SitePlan, node: fx.Node) -> fx.Node:
+        a, b = node.args
+        assert isinstance(a, fx.Node)
+        assert isinstance(b, fx.Node)
+        if plan.dynamic:
+            return self._call(torch.ops.vitzoo_qdq.dynamic_product.default, a, b)
+        quantized = self._quantized(a, plan.operands[0]), self._quantized(b, plan.operands[1])
+        return self._call(aten.matmul.default, *quantized)
+
+    def _drop_float_weights(self) -> None:
+        """Drop parameters and buffers that no node reads any more."""
+        read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        for store in ("_parameters", "_buffers"):
+            for prefix, owner in [*self.module.named_modules()]:
+                for leaf in [*getattr(owner, store)]:
+                    if f"{prefix}.{leaf}".lstrip(".") not in read:
+                        del getattr(owner, store)[leaf]
