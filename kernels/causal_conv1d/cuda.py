@@ -21,7 +21,7 @@ def why_not(x: Tensor | None = None, *args: Any) -> str | None:
     """Return why the CUDA kernels cannot take a call, or None."""
     if x is not None and x.dtype not in DTYPES:
         return f"x is {x.dtype}, not float32, bfloat16 or float16"
-    return native.cuda_why_not(x)
+    return native.cuda_why_not(x, "causal_conv1d_cuda_fwd", "causal_conv1d_cuda_bwd")
 
 
 def plan(dim: int, seqlen: int, columns: bool) -> tuple[int, int]:

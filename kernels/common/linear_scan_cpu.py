@@ -22,13 +22,14 @@ SHARED_ITEMS = 16
 ENOUGH_ITEMS = 64
 
 
-def why_not(x: Tensor, name: str) -> str | None:
+def why_not(x: Tensor | None, name: str) -> str | None:
     """Return why the C++ kernels cannot take a call whose first input, `name`, is x, or None."""
-    if x.device.type != "cpu":
-        return f"it runs on the CPU only and {name} is on {x.device}"
-    if x.dtype not in DTYPES:
-        return f"{name} is {x.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not()
+    if x is not None:
+        if x.device.type != "cpu":
+            return f"it runs on the CPU only and {name} is on {x.device}"
+        if x.dtype not in DTYPES:
+            return f"{name} is {x.dtype}, not float32, float64, bfloat16 or float16"
+    return native.why_not("linear_scan_fwd", "linear_scan_bwd")
 
 
 @dataclass(frozen=True)

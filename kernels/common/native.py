@@ -18,9 +18,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _stale(extension: str, lacking: list[str]) -> str | None:
+    if not lacking:
+        return None
+    return (
+        f"the {extension} extension was built from older sources and lacks {', '.join(lacking)}: "
+        "run `make build` in a checkout, or reinstall with pip's --no-build-isolation"
+    )
+
+
 @functools.cache
-def why_not() -> str | None:
-    """Return why the C++ extension cannot be used in this process, or None once its operators are registered."""
+def _load_error() -> str | None:
     try:
         importlib.import_module("vitzoo._C")
     except ModuleNotFoundError as error:
@@ -35,13 +43,28 @@ def why_not() -> str | None:
     return None
 
 
+@functools.cache
+def why_not(*names: str) -> str | None:
+    """Return why the C++ extension cannot be used in this process, or None once its operators are registered.
+
+    Args:
+        names: operators of `torch.ops.vitzoo_native` that the caller needs; an extension built from older sources may
+            lack some.
+    """
+    if (error := _load_error()) is not None:
+        return error
+    import torch
+
+    return _stale("C++", [name for name in names if not hasattr(torch.ops.vitzoo_native, name)])
+
+
 def cpu_isa() -> str | None:
     """Return the instruction set that the C++ kernels use here (baseline, avx2, avx512), None without them.
 
     Raises:
         RuntimeError: VITZOO_CPU_ISA names an instruction set that is unknown or that this CPU lacks.
     """
-    if why_not() is not None:
+    if why_not("cpu_isa") is not None:
         return None
     import torch
 
@@ -54,10 +77,7 @@ def cuda_on_cpu() -> bool:
 
 
 @functools.cache
-def cuda_extension_why_not() -> str | None:
-    """Return why the CUDA extension cannot be loaded, whether or not there is a GPU, or None once it is."""
-    if why_not() is not None:
-        return why_not()
+def _cuda_load_error() -> str | None:
     import torch
 
     if torch.version.cuda is None:
@@ -77,6 +97,21 @@ def cuda_extension_why_not() -> str | None:
 
 
 @functools.cache
+def cuda_extension_why_not(*names: str) -> str | None:
+    """Return why the CUDA extension cannot be loaded, whether or not there is a GPU, or None once it is.
+
+    Args:
+        names: operators of `torch.ops.vitzoo_native` of which the caller needs the CUDA form.
+    """
+    if (error := why_not(*names) or _cuda_load_error()) is not None:
+        return error
+    import torch
+
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return _stale("CUDA", [name for name in names if not has_kernel(f"vitzoo_native::{name}", "CUDA")])
+
+
+@functools.cache
 def _no_gpu(index: int | None) -> str | None:
     import torch
 
@@ -88,19 +123,24 @@ def _no_gpu(index: int | None) -> str | None:
     return None
 
 
-def cuda_why_not(x: Tensor | None = None) -> str | None:
-    """Return why CUDA kernels cannot run here or on `x`, a sentence without full stop, or None."""
+def cuda_why_not(x: Tensor | None, *names: str) -> str | None:
+    """Return why CUDA kernels cannot run here or on `x`, a sentence without full stop, or None.
+
+    Args:
+        x: the call's first input; None asks about the machine alone.
+        names: operators of `torch.ops.vitzoo_native` that the caller needs.
+    """
     if x is None:
-        return why_not() if cuda_on_cpu() else _no_gpu(None) or cuda_extension_why_not()
+        return why_not(*names) if cuda_on_cpu() else _no_gpu(None) or cuda_extension_why_not(*names)
     if x.device.type == "cuda":
-        return _no_gpu(x.device.index) or cuda_extension_why_not()
+        return _no_gpu(x.device.index) or cuda_extension_why_not(*names)
     if x.device.type != "cpu":
         return f"it runs on CUDA devices only and the input is on {x.device}"
     if not cuda_on_cpu():
         return "it runs on CUDA devices only and the input is on the CPU"
     if forced_backend() != "cuda":
         return "on the CPU it runs in its host form, only when use_backend('cuda') asks for it"
-    return why_not()
+    return why_not(*names)
 
 
 def cpu_vnni() -> bool:
@@ -109,7 +149,7 @@ def cpu_vnni() -> bool:
     Raises:
         RuntimeError: as `cpu_isa`.
     """
-    if why_not() is not None:
+    if why_not("cpu_vnni") is not None:
         return False
     import torch
 

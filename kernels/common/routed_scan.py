@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vitzoo.kernels.common.scan_support import TILE, as_wide_as, compute_dtype, part_channels, why_not
-
-__all__ = ["RoutedGradients", "backward", "forward", "why_not"]
+from vitzoo.kernels.common import scan_support
+from vitzoo.kernels.common.scan_support import TILE, as_wide_as, compute_dtype, part_channels
 
 
 class RoutedGradients(NamedTuple):
@@ -31,6 +30,11 @@ class RoutedGradients(NamedTuple):
     D: list[Tensor] | None
     z: Tensor | None
     delta_bias: list[Tensor] | None
+
+
+def why_not(u: Tensor | None) -> str | None:
+    """Return why the C++ kernels cannot take a call on `u`, or None."""
+    return scan_support.why_not(u, "routed_scan_fwd", "routed_scan_bwd")
 
 
 def _along(rows: Tensor, route: int, width: int) -> Tensor:

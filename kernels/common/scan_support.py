@@ -22,14 +22,14 @@ FEW_ITEMS = 8
 LONG = 1024
 
 
-def why_not(u: Tensor | None = None) -> str | None:
-    """Return why the C++ kernels cannot take a call on `u`, or None."""
+def why_not(u: Tensor | None, *names: str) -> str | None:
+    """Return why the C++ kernels, which call the extension's operators `names`, cannot take a call on `u`, or None."""
     if u is not None:
         if u.device.type != "cpu":
             return f"it runs on the CPU only and u is on {u.device}"
         if u.dtype not in DTYPES:
             return f"u is {u.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not()
+    return native.why_not(*names)
 
 
 def compute_dtype(u: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ def why_not(x: Tensor | None = None, *args: Any) -> str | None:
             return f"it runs on the CPU only and the input is on {x.device}"
         if x.dtype not in DTYPES:
             return f"the input is {x.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not()
+    return native.why_not("cross_scan", "cross_merge")
 
 
 def scan(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def why_not(x: Tensor | None = None, *args: Any) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
     if x is not None and x.device.type != "cpu":
         return f"it runs on the CPU only and x is on {x.device}"
-    return native.why_not()
+    return native.why_not("int8_linear_fwd")
 
 
 def _floats(x: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ def why_not(q: Tensor | None = None, *args: Any) -> str | None:
             return f"it runs on the CPU only and q is on {q.device}"
         if q.dtype not in DTYPES:
             return f"q is {q.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not()
+    return native.why_not("local_attention_fwd", "local_attention_bwd")
 
 
 def _images(x: Tensor) -> Tensor:

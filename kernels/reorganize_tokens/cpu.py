@@ -22,7 +22,7 @@ def why_not(x: Tensor | None = None, scores: Tensor | None = None, *args: Any) -
             return f"x is {x.dtype}, not float32, float64, bfloat16 or float16"
         if scores is not None and scores.dtype == torch.float64 != x.dtype:
             return f"scores are torch.float64 and x is {x.dtype}: their order would be lost in float32"
-    return native.why_not()
+    return native.why_not("reorganize_tokens_fwd", "reorganize_tokens_bwd")
 
 
 def token_count(length: int, keep: int, fuse: bool) -> int:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitzoo.kernels.common import linear_scan_cpu, native
+from vitzoo.kernels.common import linear_scan_cpu
 
 
 def why_not(q: Tensor | None = None, *args: Any) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    return native.why_not() if q is None else linear_scan_cpu.why_not(q, "q")
+    return linear_scan_cpu.why_not(q, "q")
 
 
 def log_decay(gammas: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def why_not(x: Tensor | None = None, *args: Any) -> str | None:
             return f"it runs on the CPU only and x is on {x.device}"
         if x.dtype not in DTYPES:
             return f"x is {x.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not()
+    return native.why_not("rms_norm_gated_fwd", "rms_norm_gated_bwd")
 
 
 def _inputs(x: Tensor, weight: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

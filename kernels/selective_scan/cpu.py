@@ -25,7 +25,7 @@ from vitzoo.kernels.common.scan_support import (
 
 def why_not(u: Tensor | None = None, *args: Any) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    return scan_support.why_not(u)
+    return scan_support.why_not(u, "selective_scan_fwd", "selective_scan_bwd")
 
 
 def _rows(matrix: Tensor, groups: int, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ def why_not(
 ) -> str | None:
     """Return why the CUDA kernels cannot take a call, or None."""
     if u is None or A is None:
-        return native.cuda_why_not()
+        return native.cuda_why_not(None, "selective_scan_cuda_fwd", "selective_scan_cuda_bwd")
     for name, x in (("u", u), ("delta", delta), ("A", A)):
         if x is not None and x.dtype == torch.float64:
             return f"{name} is float64, and its sums are float32"
@@ -37,7 +37,7 @@ def why_not(
         return f"u is {u.dtype}, not float32, bfloat16 or float16"
     if A.shape[1] > MAX_STATES:
         return f"A has {A.shape[1]} states, more than {MAX_STATES}"
-    return native.cuda_why_not(u)
+    return native.cuda_why_not(u, "selective_scan_cuda_fwd", "selective_scan_cuda_bwd")
 
 
 def plan(seqlen: int) -> tuple[int, int]:

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from vitzoo.kernels.common import linear_scan_cpu, native
+from vitzoo.kernels.common import linear_scan_cpu
 
 
 def why_not(x: Tensor | None = None, *args: Any) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    return native.why_not() if x is None else linear_scan_cpu.why_not(x, "x")
+    return linear_scan_cpu.why_not(x, "x")
 
 
 def as_call(

@@ -25,7 +25,7 @@ def why_not(qkv: Tensor | None = None, *args: object) -> str | None:
             return f"it runs on the CPU only and qkv is on {qkv.device}"
         if qkv.dtype not in DTYPES:
             return f"qkv is {qkv.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not()
+    return native.why_not("window_attention_fwd", "window_attention_bwd")
 
 
 def _channels_last(x: Tensor) -> Tensor:

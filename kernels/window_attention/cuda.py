@@ -30,7 +30,7 @@ def why_not(
 ) -> str | None:
     """Return why the CUDA kernels cannot take a call, or None."""
     if qkv is None:
-        return native.cuda_why_not()
+        return native.cuda_why_not(None, "window_attention_cuda_fwd", "window_attention_cuda_bwd")
     if qkv.dtype not in DTYPES:
         return f"qkv is {qkv.dtype}, not float32, bfloat16 or float16"
     area, head_dim = math.prod(window_size), qkv.shape[3] // (3 * num_heads)
@@ -38,7 +38,7 @@ def why_not(
         return f"a window of {area} tokens is larger than {MAX_AREA}"
     if shared_bytes(area, head_dim) > MAX_SHARED_BYTES:
         return f"a window of {area} tokens with head_dim {head_dim} exceeds a block's shared memory"
-    return native.cuda_why_not(qkv)
+    return native.cuda_why_not(qkv, "window_attention_cuda_fwd", "window_attention_cuda_bwd")
 
 
 def warps_per_item(area: int) -> int:

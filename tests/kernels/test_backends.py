@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,13 @@ from vitzoo.kernels.common.backends import (
     forced_backend,
     use_backend,
 )
+
+
+def _run(code: str, **environment: str) -> str:
+    environment = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture
@@ -109,8 +118,75 @@ assert (first == expected).all() and (second == expected).all()
 slow = [str(w.message) for w in caught if w.category.__name__ == "SlowBackendWarning"]
 assert len(slow) == 1 and "C++ extension was not built" in slow[0] and "--no-build-isolation" in slow[0], slow
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
-    assert done.returncode == 0, done.stderr
+    _run(code)
+
+
+def test_an_extension_of_older_sources_is_said_to_lack_each_operator_that_a_kernel_calls() -> None:
+    code = """
+import sys, types
+sys.modules["vitzoo._C"] = types.ModuleType("vitzoo._C")  # loads, but registers no operator
+import vitzoo
+from vitzoo.kernels.common.backends import operators
+with vitzoo.use_backend("cuda"):
+    for operator in operators.values():
+        for backend in operator.backends:
+            if backend.name in ("cpu", "cuda"):
+                print(operator.name, backend.name, backend.why_not(), sep="|")
+"""
+    told = [line.split("|") for line in _run(code, VITZOO_CUDA_ON_CPU="1").splitlines()]
+    lacking = {
+        (name, backend): set(re.findall(r"\w+", why.split("lacks")[1].split(":")[0]))
+        for name, backend, why in told
+    }
+    assert all("built from older sources and lacks" in why and "make build" in why for *_, why in told)
+    assert lacking["add_rms_norm", "cpu"] == {"add_norm_fwd", "add_norm_bwd"}
+    assert lacking["bidirectional_selective_scan", "cpu"] == {"routed_scan_fwd", "routed_scan_bwd"}
+    assert lacking["selective_scan", "cuda"] == {"selective_scan_cuda_fwd", "selective_scan_cuda_bwd"}
+    called: set[str] = set()
+    for path in Path(backends.__file__).parents[1].rglob("*.py"):
+        called |= set(re.findall(r"torch\.ops\.vitzoo_native\.(\w+)\(", path.read_text()))
+    assert len(called) > 30
+    assert set().union(*lacking.values()) == called - {
+        "cpu_isa",
+        "cpu_vnni",
+        "scan_exponentials",
+    }  # no kernels of operators
+
+
+def test_an_operator_that_an_older_extension_lacks_runs_in_torch_ops_and_says_why() -> None:
+    code = """
+import sys, types, warnings
+sys.modules["vitzoo._C"] = types.ModuleType("vitzoo._C")
+import vitzoo
+from vitzoo.doctor import diagnose
+from vitzoo.kernels.selective_scan.inputs import SHAPES, make_inputs
+inputs = make_inputs(SHAPES["tiny"])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    out = vitzoo.kernels.selective_scan(**inputs)
+with vitzoo.use_backend("reference"):
+    assert (out == vitzoo.kernels.selective_scan(**inputs)).all()
+with vitzoo.use_backend("cpu"):
+    try:
+        vitzoo.kernels.selective_scan(**inputs)
+    except RuntimeError as error:
+        print(error)
+print(*(w.message for w in caught if w.category.__name__ == "SlowBackendWarning"))
+print(next(e for e in diagnose()["operators"] if e["operator"] == "selective_scan")["backends"]["cpu"])
+"""
+    refused, warned, doctor = _run(code).splitlines()
+    for line in (refused, warned, doctor):
+        assert "lacks selective_scan_fwd, selective_scan_bwd: run `make build`" in line
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+def test_the_cuda_extension_is_said_to_lack_what_it_has_no_kernel_for() -> None:
+    reason = native.cuda_extension_why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    assert native.cuda_extension_why_not("selective_scan_cuda_fwd") is None
+    reason = native.cuda_extension_why_not("selective_scan_fwd", "selective_scan_cuda_fwd")
+    assert "CUDA extension was built from older sources and lacks selective_scan_fwd:" in str(reason)
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))

@@ -25,7 +25,7 @@ def why_not(q: Tensor | None = None, *args: object) -> str | None:
             return f"it runs on the CPU only and q is on {q.device}"
         if q.dtype not in DTYPES:
             return f"q is {q.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not()
+    return native.why_not("attention_with_scores_fwd", "pooled_attention_fwd", "attention_bwd")
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
