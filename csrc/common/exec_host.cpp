@@ -48,7 +48,12 @@ class Stacks {
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
     for (int i = 0; i < count; ++i) mprotect(bottom(i) - page_, page_, PROT_NONE);
   }
-  ~Stacks() { munmap(memory_, bytes_); }
+  ~Stacks() {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(memory_, bytes_);  // fibers never leave their first frame
+#endif
+    munmap(memory_, bytes_);
+  }
   Stacks(const Stacks&) = delete;
   Stacks& operator=(const Stacks&) = delete;
 
