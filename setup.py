@@ -24,6 +24,8 @@ from setuptools import Extension, find_packages, setup
 
 packages = [
     *find_packages(include=["vitzoo", "vitzoo.*"], exclude=["vitzoo.kernels", "vitzoo.kernels.*"]),
+    "vitzoo.benchmark.suites",  # data alone, as the recipes
+    "vitzoo.quantization.recipes",
     "vitzoo.kernels",
     *(f"vitzoo.kernels.{name}" for name in find_packages("kernels")),
 ]
@@ -169,10 +171,10 @@ setup(
     package_dir={"vitzoo": "vitzoo", "vitzoo.kernels": "kernels"},
     package_data={
         "vitzoo": ["py.typed"],
-        "vitzoo.benchmark": ["suites/*.toml"],
         "vitzoo.benchmark.reporting": ["*.j2", "*.js"],
+        "vitzoo.benchmark.suites": ["*.toml"],
         "vitzoo.demo": ["*.j2"],
-        "vitzoo.quantization": ["recipes/*.toml"],
+        "vitzoo.quantization.recipes": ["*.toml"],
     },
     **extension(),
 )
