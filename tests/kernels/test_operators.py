@@ -6,15 +6,19 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import vitzoo
-from vitzoo.kernels.common import native
+from vitzoo.kernels.common import backends, native, triton_support
 from vitzoo.kernels.common.backends import NAMES, operators, use_backend
 from vitzoo.testing import assert_backend_close, outputs_and_gradients
 
@@ -63,12 +67,51 @@ def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_backends_are_in_order_and_say_why_not(name: str) -> None:
-    backends = [backend.name for backend in operators[name].backends]
-    assert backends == [known for known in NAMES if known in backends]
-    assert backends[-1] == "reference"
+    names = [backend.name for backend in operators[name].backends]
+    assert names == [known for known in NAMES if known in names]
+    assert names[-1] == "reference"
     for backend in operators[name].backends:
         reason = backend.why_not()
         assert reason is None or (len(reason) > 15 and not reason.endswith("."))
+
+
+class _Calls(TorchDispatchMode):
+    """Records the arguments with which an operator of ours is called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.arguments = f"vitzoo::{name}", ()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == self.name:
+            self.arguments = args
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gpu_without_triton_and_cuda_kernels_gets_torch_ops_and_one_warning(monkeypatch) -> None:
+    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(triton_support, "_missing", lambda: "Triton is not installed (pip install triton)")
+    monkeypatch.setattr(native, "_no_gpu", lambda index: None)
+    monkeypatch.setattr(native, "cuda_extension_why_not", lambda *names: "the CUDA extension was not built")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name in sorted(OPERATORS, key=lambda name: name != "selective_scan"):
+            with torch.no_grad(), use_backend("reference"), _Calls(name) as calls:
+                getattr(vitzoo.kernels, name)(**_inputs(name))
+            with FakeTensorMode():  # a GPU's tensors without a GPU
+                arguments = tree_map_only(
+                    Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), calls.arguments
+                )
+            assert arguments[0].device.type == "cuda"
+            assert operators[name].choose(*arguments).name == "reference", name
+    (said,) = [str(w.message) for w in caught if w.category is backends.SlowBackendWarning]
+    assert "runs selective_scan in plain torch ops" in said
+    for reason in (
+        "cuda: the CUDA extension was not built",
+        "triton: Triton is not",
+        "cpu: it runs on the CPU",
+    ):
+        assert reason in said
 
 
 @needs_extension
