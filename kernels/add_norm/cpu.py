@@ -13,7 +13,6 @@ from torch import Tensor
 from vitzoo.kernels.add_norm.reference import compute_dtype
 from vitzoo.kernels.common import native
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Work items of the backward pass: each has its own sums for weight and bias, added up in a fixed order, so that the
 # result does not depend on the number of threads.
 ITEMS = 64
@@ -22,12 +21,7 @@ LEAST_ROWS = 8
 
 def why_not(x: Tensor | None = None, *args: Any) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    if x is not None:
-        if x.device.type != "cpu":
-            return f"it runs on the CPU only and x is on {x.device}"
-        if x.dtype not in DTYPES:
-            return f"x is {x.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not("add_norm_fwd", "add_norm_bwd")
+    return native.cpu_why_not("x", x, "add_norm_fwd", "add_norm_bwd")
 
 
 def _rows(x: Tensor) -> Tensor:

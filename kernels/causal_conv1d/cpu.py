@@ -15,7 +15,6 @@ from vitzoo.kernels.causal_conv1d.reference import compute_dtype
 from vitzoo.kernels.causal_conv1d.states import add_final_gradient
 from vitzoo.kernels.common import native
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TILE = 16  # channels of a work item: a multiple of every vector width
 # Work items aimed at; the number depends on the shape alone, so that no result depends on the number of threads.
 ITEMS = 64
@@ -24,12 +23,7 @@ LEAST_TOKENS = 128  # of a work item, unless there are fewer
 
 def why_not(x: Tensor | None = None, *args: Any) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    if x is not None:
-        if x.device.type != "cpu":
-            return f"it runs on the CPU only and x is on {x.device}"
-        if x.dtype not in DTYPES:
-            return f"x is {x.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not("causal_conv1d_fwd", "causal_conv1d_bwd")
+    return native.cpu_why_not("x", x, "causal_conv1d_fwd", "causal_conv1d_bwd")
 
 
 def _inputs(

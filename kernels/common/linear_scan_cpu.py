@@ -14,7 +14,6 @@ from torch import Tensor
 from vitzoo.kernels.common import native
 from vitzoo.kernels.common.linear_scan import compute_dtype
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNK = 64  # tokens, kChunk in C++
 # Work items aimed at when the heads that share B and C are cut up, and those below which the chunks of a sequence are
 # worked on side by side. Both look at the shape alone: the result does not depend on the number of threads.
@@ -24,12 +23,7 @@ ENOUGH_ITEMS = 64
 
 def why_not(x: Tensor | None, name: str) -> str | None:
     """Return why the C++ kernels cannot take a call whose first input, `name`, is x, or None."""
-    if x is not None:
-        if x.device.type != "cpu":
-            return f"it runs on the CPU only and {name} is on {x.device}"
-        if x.dtype not in DTYPES:
-            return f"{name} is {x.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not("linear_scan_fwd", "linear_scan_bwd")
+    return native.cpu_why_not(name, x, "linear_scan_fwd", "linear_scan_bwd")
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from vitzoo.kernels.common.backends import forced_backend
 
-if TYPE_CHECKING:
-    from torch import Tensor
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _stale(extension: str, lacking: list[str]) -> str | None:
@@ -53,9 +54,23 @@ def why_not(*names: str) -> str | None:
     """
     if (error := _load_error()) is not None:
         return error
-    import torch
-
     return _stale("C++", [name for name in names if not hasattr(torch.ops.vitzoo_native, name)])
+
+
+def cpu_why_not(name: str, x: Tensor | None, *names: str) -> str | None:
+    """Return why C++ kernels for the CPU, of floating-point tensors, cannot take a call, or None.
+
+    Args:
+        name: of the call's first tensor, as the caller knows it.
+        x: that tensor; None asks about the machine alone.
+        names: operators of `torch.ops.vitzoo_native` that the caller needs.
+    """
+    if x is not None:
+        if x.device.type != "cpu":
+            return f"it runs on the CPU only and {name} is on {x.device}"
+        if x.dtype not in CPU_DTYPES:
+            return f"{name} is {x.dtype}, not float32, float64, bfloat16 or float16"
+    return why_not(*names)
 
 
 def cpu_isa() -> str | None:
@@ -66,8 +81,6 @@ def cpu_isa() -> str | None:
     """
     if why_not("cpu_isa") is not None:
         return None
-    import torch
-
     return ("baseline", "avx2", "avx512")[torch.ops.vitzoo_native.cpu_isa()]
 
 
@@ -78,8 +91,6 @@ def cuda_on_cpu() -> bool:
 
 @functools.cache
 def _cuda_load_error() -> str | None:
-    import torch
-
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     try:
@@ -105,16 +116,12 @@ def cuda_extension_why_not(*names: str) -> str | None:
     """
     if (error := why_not(*names) or _cuda_load_error()) is not None:
         return error
-    import torch
-
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return _stale("CUDA", [name for name in names if not has_kernel(f"vitzoo_native::{name}", "CUDA")])
 
 
 @functools.cache
 def _no_gpu(index: int | None) -> str | None:
-    import torch
-
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     major, minor = torch.cuda.get_device_capability(index)
@@ -151,6 +158,4 @@ def cpu_vnni() -> bool:
     """
     if why_not("cpu_vnni") is not None:
         return False
-    import torch
-
     return bool(torch.ops.vitzoo_native.cpu_vnni())

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vitzoo.kernels.common import native
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Channels that one work item of the forward pass takes: a multiple of every vector width.
 TILE = 16
 # Work items that the backward pass aims at. Each has its own sums of dB and dC over its channels, added up in a fixed
@@ -24,12 +23,7 @@ LONG = 1024
 
 def why_not(u: Tensor | None, *names: str) -> str | None:
     """Return why the C++ kernels, which call the extension's operators `names`, cannot take a call on `u`, or None."""
-    if u is not None:
-        if u.device.type != "cpu":
-            return f"it runs on the CPU only and u is on {u.device}"
-        if u.dtype not in DTYPES:
-            return f"u is {u.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not(*names)
+    return native.cpu_why_not("u", u, *names)
 
 
 def compute_dtype(u: Tensor) -> torch.dtype:

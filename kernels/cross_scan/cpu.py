@@ -9,17 +9,10 @@ from torch import Tensor
 
 from vitzoo.kernels.common import native
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 def why_not(x: Tensor | None = None, *args: Any) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    if x is not None:
-        if x.device.type != "cpu":
-            return f"it runs on the CPU only and the input is on {x.device}"
-        if x.dtype not in DTYPES:
-            return f"the input is {x.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not("cross_scan", "cross_merge")
+    return native.cpu_why_not("the input", x, "cross_scan", "cross_merge")
 
 
 def scan(x: Tensor) -> Tensor:

@@ -24,9 +24,8 @@ def forward(x: Tensor, *inputs: Any) -> Tensor:
 
 def backward(dout: Tensor, x: Tensor, delta: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     """Return the gradients of the tensor inputs, in order; None for absent ones."""
+    # the largest of the gradients is written in place, not put together from four
     ddelta = torch.empty(delta.shape, dtype=as_wide_as(x, delta).dtype)
-    views = ddelta.flatten(3).unbind(
-        1
-    )  # as the largest of the gradients it is not to be put together from four
+    views = ddelta.flatten(3).unbind(1)
     found = routed_scan.backward(dout.flatten(2), *routes.arguments(x, delta, *inputs), ddelta=views)
     return routes.gradients(found, x, ddelta)

@@ -10,18 +10,12 @@ from torch import Tensor
 
 from vitzoo.kernels.common import native
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WORK_ITEMS = 32  # aimed at
 
 
 def why_not(q: Tensor | None = None, *args: Any) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    if q is not None:
-        if q.device.type != "cpu":
-            return f"it runs on the CPU only and q is on {q.device}"
-        if q.dtype not in DTYPES:
-            return f"q is {q.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not("local_attention_fwd", "local_attention_bwd")
+    return native.cpu_why_not("q", q, "local_attention_fwd", "local_attention_bwd")
 
 
 def _images(x: Tensor) -> Tensor:

@@ -10,19 +10,12 @@ from torch import Tensor
 from vitzoo.kernels.common import native
 from vitzoo.kernels.reorganize_tokens.reference import compute_dtype
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 def why_not(x: Tensor | None = None, scores: Tensor | None = None, *args: Any) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    if x is not None:
-        if x.device.type != "cpu":
-            return f"it runs on the CPU only and x is on {x.device}"
-        if x.dtype not in DTYPES:
-            return f"x is {x.dtype}, not float32, float64, bfloat16 or float16"
-        if scores is not None and scores.dtype == torch.float64 != x.dtype:
-            return f"scores are torch.float64 and x is {x.dtype}: their order would be lost in float32"
-    return native.why_not("reorganize_tokens_fwd", "reorganize_tokens_bwd")
+    if x is not None and scores is not None and scores.dtype == torch.float64 != x.dtype:
+        return f"scores are torch.float64 and x is {x.dtype}: their order would be lost in float32"
+    return native.cpu_why_not("x", x, "reorganize_tokens_fwd", "reorganize_tokens_bwd")
 
 
 def token_count(length: int, keep: int, fuse: bool) -> int:

@@ -10,18 +10,12 @@ from torch import Tensor
 from vitzoo.kernels.common import native
 from vitzoo.kernels.tv_conv2d.reference import kernel_side
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WORK_ITEMS = 32  # aimed at
 
 
 def why_not(x: Tensor | None = None, *args: Any) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    if x is not None:
-        if x.device.type != "cpu":
-            return f"it runs on the CPU only and x is on {x.device}"
-        if x.dtype not in DTYPES:
-            return f"x is {x.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not("tv_conv2d_fwd", "tv_conv2d_bwd")
+    return native.cpu_why_not("x", x, "tv_conv2d_fwd", "tv_conv2d_bwd")
 
 
 def _options(weight: Tensor, stride: int) -> tuple[int, int, int]:

@@ -11,7 +11,6 @@ from torch import Tensor
 from vitzoo.kernels.common import native
 from vitzoo.kernels.window_attention.reference import compute_dtype, padded_size
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Work items that the backward pass aims at. The windows of a part are added up by one item, the parts in a fixed order
 # afterwards: the gradients of the bias do not depend on the number of threads.
 BACKWARD_ITEMS = 64
@@ -20,12 +19,7 @@ LANES = 16  # rows of the transposed bias are padded to the widest vector
 
 def why_not(qkv: Tensor | None = None, *args: object) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    if qkv is not None:
-        if qkv.device.type != "cpu":
-            return f"it runs on the CPU only and qkv is on {qkv.device}"
-        if qkv.dtype not in DTYPES:
-            return f"qkv is {qkv.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not("window_attention_fwd", "window_attention_bwd")
+    return native.cpu_why_not("qkv", qkv, "window_attention_fwd", "window_attention_bwd")
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor
 from vitzoo.kernels.common import native
 from vitzoo.kernels.common.attention.reference import compute_dtype
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BLOCK = 64  # queries at once
 # Work items that the backward pass aims at, no more than one image of a ViT-B has heads: each part of a head packs its
 # keys and has gradients of keys and values of its own. These are added in a fixed order, so that the result does not
@@ -20,12 +19,7 @@ STRIP = 1 << 16
 
 def why_not(q: Tensor | None = None, *args: object) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
-    if q is not None:
-        if q.device.type != "cpu":
-            return f"it runs on the CPU only and q is on {q.device}"
-        if q.dtype not in DTYPES:
-            return f"q is {q.dtype}, not float32, float64, bfloat16 or float16"
-    return native.why_not("attention_with_scores_fwd", "pooled_attention_fwd", "attention_bwd")
+    return native.cpu_why_not("q", q, "attention_with_scores_fwd", "pooled_attention_fwd", "attention_bwd")
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
