@@ -71,7 +71,7 @@ def _noise(seed: int, rounds: int = 100) -> np.ndarray:
 def test_a_slowed_model_is_detected(files: tuple[Path, Path]) -> None:
     found = {d.row["label"]: d for d in compare_files(*files).differences}
     assert found["changes"].verdict == "slower"
-    assert found["changes"].ratio.value == pytest.approx(4 / 12, rel=0.25)
+    assert found["changes"].ratio.value == pytest.approx(4 / 12, rel=0.15)
     assert found["changes"].after > found["changes"].before
     reversed_ = {d.row["label"]: d for d in compare_files(*reversed(files)).differences}
     assert reversed_["changes"].verdict == "faster"

@@ -107,6 +107,38 @@ def test_a_file_runs_in_integers_at_every_batch(
     assert _weight_types(path) == weights
 
 
+class Single(nn.Module):
+    """One product, so that the file and the simulation give it equal inputs."""
+
+    num_classes = 12
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Conv2d(3, 12, 3, padding=1) if kind == "conv" else nn.Linear(SIZE, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic", "conv"])
+def test_one_layer_agrees_to_rounding_or_one_step_of_its_output(kind: str, tmp_path: Path) -> None:
+    model = Single(kind).eval()
+    recipe = Recipe("one", activations="dynamic" if kind == "dynamic" else "static")
+    quantized = quantize(model, recipe, BATCHES)
+    write_quantized(quantized, tmp_path / "m.onnx", model, "x86-avx2")
+    (out,) = run_session(open_session(tmp_path / "m.onnx"), HELD_BACK)
+    with torch.no_grad():
+        simulated = quantized(HELD_BACK)
+    difference = (out - simulated).abs()
+    if kind != "conv":
+        assert difference.max() < 1e-5 * simulated.abs().max()
+        return
+    step = quantized.plans["layer"].output.scale
+    assert difference.max() < 1.001 * step
+    assert (difference > 0.5 * step).float().mean() < 0.01
+
+
 def _weight_types(path: Path) -> set[str]:
     import onnx
 
@@ -191,6 +223,11 @@ def test_every_recipe_of_the_package_is_read(name: str) -> None:
     assert recipe.name == name
     assert recipe.description
     assert recipe.runs_as_integers == name.startswith("w8a8")
+
+
+@pytest.mark.parametrize("field", ["weight_bits", "activation_bits", "first_last_bits"])
+def test_a_width_other_than_eight_anywhere_is_simulated(field: str) -> None:
+    assert not Recipe("r", **{field: 4}).runs_as_integers
 
 
 def test_an_unknown_recipe_names_the_likeliest() -> None:

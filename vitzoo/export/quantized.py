@@ -74,32 +74,25 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     op: Any = opset20  # its annotations know ONNX's own tensors only
 
-    def scalar(value: float, kind: type = float) -> Any:
-        tensor = torch.tensor(value, dtype=torch.float32 if kind is float else torch.uint8)
-        return op.Constant(value=ir.tensor(tensor.numpy()))
+    def constant(value: Any, dtype: Any) -> Any:
+        return op.Constant(value=ir.tensor(value, dtype=dtype))
 
-    def zero_points(codes: Any, zero_point: int, count: int = 0) -> Any:
-        unsigned = codes.dtype == ir.DataType.UINT8
-        wide = codes.dtype == ir.DataType.INT32
-        kind = torch.uint8 if unsigned else torch.int32 if wide else torch.int8
-        value = torch.full((count,) if count else (), zero_point, dtype=kind)
-        return op.Constant(value=ir.tensor(value.numpy()))
+    def zero_points(codes: Any, zero_point: int, axis: int) -> Any:
+        return constant([zero_point] * int(codes.shape[axis]), codes.dtype)
 
     def fake_quantize(x: Any, scale: float, zero_point: int) -> Any:
-        s, z = scalar(scale), scalar(zero_point, int)
+        s, z = constant(scale, ir.DataType.FLOAT), constant(zero_point, ir.DataType.UINT8)
         return op.DequantizeLinear(op.QuantizeLinear(x, s, z), s, z)
 
     def dequantize(codes: Any, scale: Any, axis: int, zero_point: int) -> Any:
-        count = int(codes.shape[axis])
-        return op.DequantizeLinear(codes, scale, zero_points(codes, zero_point, count), axis=axis)
+        return op.DequantizeLinear(codes, scale, zero_points(codes, zero_point, axis), axis=axis)
 
     def scaled(accumulator: Any, x_scale: Any, scale: Any) -> Any:
         return op.Mul(op.Cast(accumulator, to=ir.DataType.FLOAT), op.Mul(x_scale, scale))
 
     def dynamic_linear(x: Any, codes: Any, scale: Any, zero_point: int, bias: Any) -> Any:
         q, s, z = op.DynamicQuantizeLinear(x)
-        count = int(codes.shape[1])
-        product = op.MatMulInteger(q, codes, z, zero_points(codes, zero_point, count))
+        product = op.MatMulInteger(q, codes, z, zero_points(codes, zero_point, 1))
         out = scaled(product, s, scale)
         return out if bias is None else op.Add(out, bias)
 

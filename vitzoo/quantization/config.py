@@ -102,7 +102,8 @@ class Recipe:
     def runs_as_integers(self) -> bool:
         """Return whether a runtime can execute it with 8-bit integers; anything else is simulated exactly."""
         uniform = self.softmax == self.gelu == "uniform" and self.norm != "power_of_two"
-        return uniform and not self.mixed_bits and self.weight_bits == self.activation_bits == 8
+        widths = {self.weight_bits, self.activation_bits, self.first_last_bits, *self.mixed_bits}
+        return uniform and widths == {8}
 
 
 def recipe_from_toml(path: str | Path) -> Recipe:
@@ -130,6 +131,7 @@ def load_recipe(name: str | Path) -> Recipe:
 
     Raises:
         ValueError: no recipe of that name; the message has those that there are, the likeliest first.
+        OSError: a path that cannot be read.
     """
     if str(name).endswith(".toml"):
         return recipe_from_toml(name)

@@ -89,9 +89,8 @@ def load_folder(
             f"{root} has {len(images)} images that can be read ({len(skipped)} skipped), and calibration needs "
             f"{least} and one to compare on"
         )
-    kept = max(1, min(held_back, len(images) - least))
-    # held back images are spread over the folder as the others are
-    places = {round(i * (len(images) - 1) / max(1, kept - 1)) for i in range(kept)} if kept > 1 else {0}
-    checked = torch.stack([x for i, x in enumerate(images) if i in places])
-    fitted = torch.stack([x for i, x in enumerate(images) if i not in places])
+    kept = min(held_back, len(images) - least)
+    places = range(0, len(images), len(images) // kept)[:kept]  # spread over the folder as the others are
+    checked = torch.stack([images[i] for i in places])
+    fitted = torch.stack([image for i, image in enumerate(images) if i not in places])
     return Calibration(fitted.split(batch_size), checked, tuple(used), tuple(skipped))

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 @torch.library.custom_op("vitzoo_qdq::fake_quantize", mutates_args=())
 def fake_quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """Return x as uint8 codes hold it: QuantizeLinear and DequantizeLinear with one scale a tensor."""
-    return _uniform(scale, zero_point)(x)
+    return Uniform(torch.tensor(scale), torch.tensor(float(zero_point)), 0, 255)(x)
 
 
 @fake_quantize.register_fake
@@ -66,10 +66,6 @@ def dynamic_product(a: Tensor, b: Tensor) -> Tensor:
 @dynamic_product.register_fake
 def _(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(a, b)
-
-
-def _uniform(scale: float, zero_point: int) -> Uniform:
-    return Uniform(torch.tensor(scale), torch.tensor(float(zero_point)), 0, 255)
 
 
 def integer_graph(quantized: QuantizedModel, unsigned_weights: bool = False) -> fx.GraphModule:
@@ -123,12 +119,12 @@ class _Builder:
         if plan.output is not None:  # its codes begin at zero where a ReLU is part of it
             replacement, target = self._quantized(replacement, plan.output), result
         target.replace_all_uses_with(replacement)
-        replacement.meta.setdefault("val", target.meta.get("val"))
         for old in dict.fromkeys((target, node)):
             self.graph.erase_node(old)
 
     def _quantized(self, x: fx.Node, quantizer: Quantizer | None) -> fx.Node:
         assert isinstance(quantizer, Uniform)
+        assert (quantizer.qmin, quantizer.qmax) == (0, 255)
         scale, zero_point = float(quantizer.scale), int(quantizer.zero_point)
         if not 0 <= zero_point <= 255:
             raise ValueError(f"zero point {zero_point} of {x.name} does not fit into uint8")
@@ -152,23 +148,21 @@ class _Builder:
         self.module.register_buffer(flat, value.contiguous())
         return self.graph.get_attr(flat)
 
-    def _weight(self, site: Site, plan: SitePlan, transpose: bool) -> tuple[fx.Node, fx.Node, Tensor]:
-        """Return the nodes of a weight's codes and scales, and the scales."""
+    def _weight(self, site: Site, plan: SitePlan, transpose: bool) -> tuple[fx.Node, fx.Node]:
+        """Return the nodes of a weight's codes and scales."""
         quantizer = plan.weight
         assert quantizer is not None
         weight = get_tensor(self.quantized.float_graph, str(site.weight)).detach()
         codes = quantizer.codes(weight) + self.zero_point
         codes = codes.to(torch.uint8 if self.zero_point else torch.int8)
-        scale = quantizer.scale.detach().flatten()
-        name = str(site.weight)
-        codes_node = self._constant(f"{name}_codes", codes.t() if transpose else codes)
-        return codes_node, self._constant(f"{name}_scale", scale), scale
+        codes_node = self._constant(f"{site.weight}_codes", codes.t() if transpose else codes)
+        return codes_node, self._constant(f"{site.weight}_scale", quantizer.scale.flatten())
 
     def _linear(self, site: Site, plan: SitePlan, node: fx.Node) -> fx.Node:
         x, _, *rest = node.args
         assert isinstance(x, fx.Node)
         bias = rest[0] if rest else None
-        codes, scale, _ = self._weight(site, plan, transpose=True)
+        codes, scale = self._weight(site, plan, transpose=True)
         if plan.dynamic:
             operator = torch.ops.vitzoo_qdq.dynamic_linear.default
             return self._call(operator, x, codes, scale, self.zero_point, bias)
@@ -181,12 +175,13 @@ class _Builder:
         filled: list[Any] = [*node.args, *defaults[len(node.args) :]]
         x, _, bias, stride, padding, dilation, groups = filled
         assert isinstance(x, fx.Node)
-        codes, scale, scales = self._weight(site, plan, transpose=False)
+        codes, scale = self._weight(site, plan, transpose=False)
         quantizer = plan.operands[0]
         assert isinstance(quantizer, Uniform)
+        assert plan.weight is not None
         weight = self._call(torch.ops.vitzoo_qdq.dequantize.default, codes, scale, 0, self.zero_point)
         if isinstance(bias, fx.Node):
-            bias = self._bias(site, bias, quantizer.scale * scales)
+            bias = self._bias(site, bias, quantizer.scale * plan.weight.scale.flatten())
         quantized = self._quantized(x, quantizer)
         return self._call(aten.conv2d.default, quantized, weight, bias, stride, padding, dilation, groups)
 
