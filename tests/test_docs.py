@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md"))
 
 
-@pytest.mark.parametrize("page", ["models", pytest.param("flops", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("page", ["models", "flops"])
 def test_generated_page_is_current(page: str) -> None:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     generate = importlib.util.module_from_spec(spec)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+
 import fvcore.nn
 import pytest
 import timm
@@ -11,6 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitzoo
 from vitzoo.benchmark.flops import count_flops
+from vitzoo.kernels.common.backends import operators
+from vitzoo.kernels.int8_linear import int8_linear
+from vitzoo.kernels.selective_scan import selective_scan, selective_scan_flops
+from vitzoo.layers import DeformConv2d
+from vitzoo.layers.token import prune_tokens
 
 OURS = [f for f in vitzoo.registry.families() if f.origin == "vitzoo"]
 PUBLISHED = {m: p.gmacs for f in OURS for m, p in f.models.items() if p.gmacs}
@@ -70,6 +78,69 @@ def test_hand_counts(model: nn.Module, size: tuple, macs: int, kind: str | None,
     assert count.gflops == 2 * count.gmacs
     assert set(count.by_kind) == ({kind} if kind else set())
     assert count.uncounted_ops == []
+
+
+class _Pruned(nn.Module):
+    def __init__(self, fuse: bool) -> None:
+        super().__init__()
+        self.fuse = fuse
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return prune_tokens(tokens, tokens[:, 1:, 0], 0.5, None, self.fuse)[0]
+
+
+class _Scan(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        u = x.flatten(2)
+        weights = u.new_zeros(u.shape[1], 5)
+        return selective_scan(u, u, weights, u[:, :1].expand(-1, 5, -1), u[:, :1].expand(-1, 5, -1))
+
+
+class _Int8(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.ones(7, 4, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_linear(x.flatten(2).transpose(1, 2), self.codes, self.scale)
+
+
+@pytest.mark.parametrize(
+    ("model", "macs"),
+    [
+        # the offsets' convolution and the deformable one: 4 and 5 channels of 2x2 to 3x3 places
+        (DeformConv2d(4, 5), {"conv": 4 * 8 * 4 * 9, "deformable conv": 4 * 5 * 4 * 9}),
+        (_Scan(), {"scan": selective_scan_flops(1, 4, 36, 5) // 2}),
+        (_Pruned(False), {}),  # a top-k, a sort and a gather
+        (_Pruned(True), {"other": 17 * 4}),  # 18 of 35 are kept, 17 are weighed by their scores
+        (_Int8(), {"matmul": 36 * 4 * 7}),
+    ],
+    ids=["deformable conv", "scan", "top-k gather", "fused tokens", "int8 linear"],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_work_outside_ordinary_products(model: nn.Module, macs: dict, device: str) -> None:
+    count = count_flops(copy.deepcopy(model).to(device), (4, 6, 6))
+    assert {kind: round(1e9 * gmacs) for kind, gmacs in count.by_kind.items()} == macs
+    assert sum(count.by_operator.values()) == pytest.approx(count.gmacs)
+    assert count.uncounted_ops == []
+
+
+@pytest.mark.parametrize("name", sorted(operators))
+def test_every_operator_of_ours_has_a_formula_that_is_found(name: str) -> None:
+    folder = getattr(vitzoo.kernels, name).__module__.rsplit(".", 1)[0]
+    inputs = importlib.import_module(f"{folder}.inputs")
+    shapes = getattr(inputs, f"{name.upper()}_SHAPES", None) or inputs.SHAPES
+    call = getattr(inputs, f"make_{name}_inputs", None) or inputs.make_inputs
+
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> object:
+            return [getattr(vitzoo.kernels, name)(**call(shape)) for shape in shapes.values()]
+
+    count = count_flops(Calls(), (1, 1, 1))
+    assert count.uncounted_ops == []
+    assert set(count.by_operator) <= {f"vitzoo::{name}"}
 
 
 def test_an_operator_without_a_formula_is_named() -> None:

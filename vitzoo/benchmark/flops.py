@@ -38,6 +38,7 @@ class FlopCount:
             the total only.
         by_kind: "matmul" (a product with a weight), "attention" (a product of two activations), "conv",
             "deformable conv", "scan", "other" -> GMACs; only kinds that occur.
+        by_operator: operator as it ran, "aten::addmm" or "vitzoo::selective_scan" -> GMACs; only those with any.
         uncounted_ops: operators that ran, have no formula and are not among those that count as nothing by
             convention (elementwise, reductions, norms, pooling, copies, gathers, sorting, resampling).
     """
@@ -49,6 +50,7 @@ class FlopCount:
     scan_convention: str = "exact"
     by_module: Mapping[str, float] = field(default_factory=dict)
     by_kind: Mapping[str, float] = field(default_factory=dict)
+    by_operator: Mapping[str, float] = field(default_factory=dict)
     uncounted_ops: list[str] = field(default_factory=list)
 
     @property
@@ -71,6 +73,7 @@ class FlopCount:
             "batch_size": self.batch_size,
             "scan_convention": self.scan_convention,
             "by_kind": dict(self.by_kind),
+            "by_operator": dict(self.by_operator),
             "by_module": dict(self.by_module),
             "uncounted_ops": list(self.uncounted_ops),
         }
@@ -124,6 +127,7 @@ def count_flops(
         scan_convention=scan_convention,
         by_module={name: flops / 2e9 for name, flops in counter.flops.items() if name},
         by_kind={kind: flops / 2e9 for kind, flops in sorted(counter.kinds.items()) if flops},
+        by_operator={name: flops / 2e9 for name, flops in sorted(counter.operators.items()) if flops},
         uncounted_ops=sorted(counter.uncounted),
     )
 
@@ -159,6 +163,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.flops: dict[str, int] = defaultdict(int)  # by module, "" for the model itself
         self.kinds: dict[str, int] = defaultdict(int)
+        self.operators: dict[str, int] = defaultdict(int)
         self.uncounted: set[str] = set()
         self._weights = weights
         self._formulas = formulas
@@ -216,6 +221,7 @@ class _Counter(TorchDispatchMode):
     def _add(self, packet: Any, args: Any, flops: int) -> None:
         for name in self._running:
             self.flops[name] += flops
+        self.operators[packet._qualified_op_name] += flops
         factors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
         self.kinds[kind(packet, any(_storage(t) in self._weights for t in factors[-2:]))] += flops
 
