@@ -20,7 +20,7 @@ from vitzoo.registry import CATEGORIES, UnknownModelError, list_models, model_in
 if TYPE_CHECKING:
     from vitzoo.benchmark.flops import count_flops
     from vitzoo.benchmark.run import benchmark
-    from vitzoo.deploy import export_quantized
+    from vitzoo.deploy import export_quantized, validate
     from vitzoo.export import export_onnx
     from vitzoo.quantization.api import quantize
 
@@ -40,6 +40,7 @@ __all__ = [
     "model_info",
     "quantize",
     "registry",
+    "validate",
 ]
 
 _LAZY = {
@@ -47,6 +48,7 @@ _LAZY = {
     "export_onnx": "vitzoo.export",
     "export_quantized": "vitzoo.deploy",
     "quantize": "vitzoo.quantization.api",
+    "validate": "vitzoo.deploy",
 }
 
 

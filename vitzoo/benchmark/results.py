@@ -16,9 +16,9 @@ from typing import Any, TextIO
 
 SCHEMA_VERSION = 1
 Row = dict[str, Any]
-KINDS = ("header", "result", "claim")
+KINDS = ("header", "result", "claim", "validation")
 
-# timm's benchmark tables, in their order
+# timm's tables, in their order
 TIMM_COLUMNS = {
     "infer": (
         "model",
@@ -37,7 +37,20 @@ TIMM_COLUMNS = {
         "train_img_size",
         "param_count",
     ),
+    "validate": (
+        "model",
+        "top1",
+        "top1_err",
+        "top5",
+        "top5_err",
+        "param_count",
+        "img_size",
+        "crop_pct",
+        "interpolation",
+    ),
 }
+# what the tables are sorted by, the largest first
+_BEST = {"infer": "infer_samples_per_sec", "train": "train_samples_per_sec", "validate": "top1"}
 
 
 @dataclass
@@ -169,7 +182,7 @@ def read_results(path: str | os.PathLike[str]) -> Results:
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Write the rows that worked as timm's benchmark tables are: its columns first, fastest first.
+    """Write the rows that worked as timm's tables are: its columns first, the fastest or most accurate model first.
 
     Raises:
         OSError: the file cannot be written.
@@ -180,6 +193,5 @@ def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     others = [column for column in table.columns if column not in first]
     table = table.reindex(columns=[*first, *others])
     if len(table):
-        speed = f"{next(iter(modes))}_samples_per_sec"
-        table = table.sort_values(speed, ascending=False, kind="stable")
+        table = table.sort_values(_BEST[next(iter(modes))], ascending=False, kind="stable")
     table.to_csv(path, index=False)

@@ -114,16 +114,21 @@ def unique(subjects: list[Case]) -> list[Case]:
     ]
 
 
-def header(how: Measure, **more: Any) -> Row:
-    """Return the first row of a result file: where and how its rows are measured."""
+def header(**more: Any) -> Row:
+    """Return the first row of a result file: where its rows were found, and as `more` says, how."""
     return {
         "kind": "header",
         "schema_version": SCHEMA_VERSION,
         "run": uuid.uuid4().hex[:12],
         "machine": machine(),
-        "measure": asdict(how),
         **more,
     }
+
+
+def stamp(head: Row, kind: str = "result") -> Row:
+    """Return what every other row begins with."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"kind": kind, "schema_version": SCHEMA_VERSION, "run": head["run"], "time": now}
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ def run_groups(
         recorder = stack.enter_context(Recorder(output, force))
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="vitzoo-bench-"))
         nursery = stack.enter_context(Nursery())
-        results = Results(header(how, **more))
+        results = Results(header(measure=asdict(how), **more))
         recorder.write(results.header)
         for index, group in enumerate(groups):
 
@@ -189,11 +194,6 @@ def run_groups(
             more_of_row = {"comparison": group.comparison} if group.comparison else {}
             for found, into in ((rows, results.rows), (claims, results.claims)):
                 for row in found:
-                    into.append({**_stamp(results.header), **more_of_row, **row})
+                    into.append({**stamp(results.header), **more_of_row, **row})
                     recorder.write(into[-1])
     return results
-
-
-def _stamp(head: Row) -> Row:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"kind": "result", "schema_version": SCHEMA_VERSION, "run": head["run"], "time": now}

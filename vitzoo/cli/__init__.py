@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import vitzoo
-from vitzoo.cli import bench, export, listing, quantize, report  # noqa: F401  (each registers its commands)
+from vitzoo.cli import bench, export, listing, quantize, report, validate  # noqa: F401  (each registers its commands)
 from vitzoo.cli.common import app
 
 __all__ = ["app", "main"]

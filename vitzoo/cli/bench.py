@@ -11,6 +11,7 @@ from vitzoo.cli.common import (
     Json,
     Settings,
     app,
+    check_csv,
     explained,
     parse_arguments,
     parse_img_size,
@@ -99,7 +100,7 @@ def bench(
         import vitzoo
         from vitzoo.benchmark.suite import run_suite
 
-        _check_csv(csv, force)
+        check_csv(csv, force)
         if suite is not None:
             results = run_suite(suite, quick, output, force, tell)
         else:
@@ -143,15 +144,6 @@ def _check_choice(context: typer.Context, models: bool, suite: str | None, quick
 def _given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def _check_csv(csv: Path | None, force: bool) -> None:
-    from vitzoo.benchmark.results import Recorder
-
-    if csv is not None:
-        with Recorder(csv, force):
-            pass
-        csv.unlink()  # it is written at the end
 
 
 def _finish(results: Any, csv: Path | None, json: bool) -> None:

@@ -113,12 +113,35 @@ def parse_img_size(text: str | None) -> int | tuple[int, int] | None:
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
+def model_arguments(
+    settings: list[str] | None, weights: Path | None, pretrained: bool = False
+) -> dict[str, Any]:
+    """Return constructor arguments that load a weights file, or the published one."""
+    arguments = parse_arguments(settings)
+    if weights is not None:
+        overlay = {"file": str(weights)}
+        if (
+            "num_classes" in arguments
+        ):  # else timm drops the file's classifier, since the published one has another
+            overlay["num_classes"] = arguments["num_classes"]
+        arguments["pretrained_cfg_overlay"] = overlay
+    return arguments | ({"pretrained": True} if pretrained or weights is not None else {})
+
+
+def check_csv(csv: Path | None, force: bool) -> None:
+    """Raise, before anything is measured, what writing a CSV file at the end would raise."""
+    from vitzoo.benchmark.results import Recorder
+
+    if csv is not None:
+        with Recorder(csv, force):
+            pass
+        csv.unlink()  # it is written at the end
+
+
 def create(name: str, img_size: str | None, settings: list[str] | None, weights: Path | None) -> nn.Module:
     """Create a model from what the command line says of it."""
     from vitzoo.benchmark.models import create_for
 
-    kwargs = parse_arguments(settings)
-    if weights is not None:
-        kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}}
+    kwargs = model_arguments(settings, weights)
     size = parse_img_size(img_size)
     return create_model(name, **kwargs) if size is None else create_for(name, size, **kwargs)

@@ -1,5 +1,6 @@
-"""From a trained model to a quantized file that was run, compared and timed before it was handed over."""
+"""From a trained model to a quantized file that was run, compared and timed before it was handed over; accuracy."""
 
+from vitzoo.deploy.accuracy import Validation, validate
 from vitzoo.deploy.coverage import Coverage, onnxruntime_coverage
 from vitzoo.deploy.gate import Gate, GateError, Thresholds, export_quantized, this_machine
 
@@ -8,7 +9,9 @@ __all__ = [
     "Gate",
     "GateError",
     "Thresholds",
+    "Validation",
     "export_quantized",
     "onnxruntime_coverage",
     "this_machine",
+    "validate",
 ]

@@ -14,6 +14,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
 
 LEAST = 16
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,8 @@ def load_folder(
         if len(images) == wanted:
             break
         try:
-            with Image.open(path) as image:
-                images.append(transform(image.convert("L" if channels == 1 else "RGB")))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            images.append(transform(read_image(path, channels)))
+        except UNREADABLE as error:
             skipped.append(path)
             warnings.warn(f"{path} is skipped: {type(error).__name__}: {error}", stacklevel=2)
         else:
@@ -94,3 +94,9 @@ def load_folder(
     checked = torch.stack([images[i] for i in places])
     fitted = torch.stack([image for i, image in enumerate(images) if i not in places])
     return Calibration(fitted.split(batch_size), checked, tuple(used), tuple(skipped))
+
+
+def read_image(path: str | Path, channels: int) -> Image.Image:
+    """Return an image file in grey for one channel, in RGB for more; `UNREADABLE` is what this may raise."""
+    with Image.open(path) as image:
+        return image.convert("L" if channels == 1 else "RGB")

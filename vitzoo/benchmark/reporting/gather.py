@@ -156,7 +156,7 @@ def _add(found: Gathered, name: str, rows: Sequence[tuple[int, Row]], machines: 
             found.runs.append(Run(name, line, row, machines[_identity(row, "cpu")]))
         elif row["kind"] == "claim":
             found.claims.append((f"{name}:{line}", row))
-        else:
+        elif row["kind"] == "result":
             entry = Entry(
                 len(found.entries) + len(found.failed) + 1,
                 name,
