@@ -37,8 +37,11 @@ def _run(*arguments: object) -> tuple[int, str, str]:
 @pytest.mark.filterwarnings("ignore:.*is skipped")
 def test_a_folder_of_images_becomes_an_integer_file(photos: Path, tmp_path: Path) -> None:
     path = tmp_path / "int8.onnx"
+    report = tmp_path / "layers.json"
     code, out, err = _run(
-        *MODEL, "--calibration", photos, "-o", path, *LENIENT, "--target", "x86-avx2", "--json"
+        *MODEL,
+        *("--calibration", photos, "-o", path, *LENIENT, "--target", "x86-avx2", "--json"),
+        *("--sensitivity", report),
     )
     assert code == 0, err
     found = json.loads(out)
@@ -49,7 +52,11 @@ def test_a_folder_of_images_becomes_an_integer_file(photos: Path, tmp_path: Path
     assert 0.5 < found["coverage"] < 1
     assert 0 < found["logit_error"] < 0.2
     assert "1 images could not be read" in err
-    assert sorted(os.listdir(tmp_path)) == ["int8.json", "int8.onnx"]
+    assert sorted(os.listdir(tmp_path)) == ["int8.json", "int8.onnx", "layers.json"]
+    costs = {layer["name"]: layer for layer in json.loads(report.read_text())["layers"]}
+    assert costs["blocks.0.mlp.fc1"]["sqnr_db"] > 20
+    assert 0 < costs["blocks.0.mlp.fc1"]["logit_error"] < 0.2
+    assert costs["blocks.0.attn.scores"]["logit_error"] is None
 
 
 @pytest.mark.filterwarnings("ignore:.*is skipped")

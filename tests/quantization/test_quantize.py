@@ -12,7 +12,7 @@ from torch import nn
 
 import vitzoo
 from vitzoo.quantization.allocation import allocate
-from vitzoo.quantization.api import quantize
+from vitzoo.quantization.api import quantize, sensitivity
 from vitzoo.quantization.config import Recipe, recipe_from_toml
 from vitzoo.quantization.graph import capture, find_sites, norm_groups
 from vitzoo.testing import image, relative_difference
@@ -185,3 +185,45 @@ def test_recipes_are_read_from_toml(tmp_path: Path) -> None:
     path.write_text("wieght_bits = 6\n")
     with pytest.raises(ValueError, match="unknown keys wieght_bits"):
         recipe_from_toml(path)
+
+
+class Writes(nn.Module):
+    """Writes into its tensors, through views too, as timm's models do here and there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.conv = nn.Conv2d(3, 16, 8, stride=8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu_(self.conv(x)).flatten(2).transpose(1, 2)  # (B, 64, 16)
+        for layer in self.layers:
+            y = layer(x)
+            x = x.clone().add_(y)
+            x[:, :2].mul_(0.5)
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("which", ["transformer", "writes"])
+def test_a_layers_sensitivity_is_the_error_of_quantizing_it_alone(model: nn.Module, which: str) -> None:
+    net = model if which == "transformer" else Writes().eval()
+    reports = sensitivity(net, Recipe("w8a8"), BATCHES, images=6)
+    measured = [r for r in reports if r.logit_error is not None]
+    assert len(measured) == sum(r.bits is not None for r in reports) > 3
+    exact_images = torch.cat(BATCHES)[:6]
+    for report in measured[:: max(1, len(measured) // 4)]:
+        alone = quantize(net, Recipe("w8a8"), BATCHES, lambda site, name=report.name: site.name == name)
+        with torch.no_grad():
+            expected = relative_difference(alone(exact_images), net(exact_images))
+        assert report.logit_error == pytest.approx(expected, rel=1e-3)
+        assert report.sqnr_db > 20
+    total = sum(r.logit_error**2 for r in measured) ** 0.5
+    assert total == pytest.approx(quantize(net, Recipe("w8a8"), BATCHES).logit_error, rel=0.4)
+
+
+def test_the_noise_of_a_layer_and_its_relu_is_that_of_both() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * (SIZE - 2) ** 2, 5)).eval()
+    first = sensitivity(net, Recipe("w8a8"), BATCHES)[0]
+    assert first.sqnr_db > 30  # half the outputs are negative; against them it would be near 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,10 @@ def quantize(
         float | None, typer.Option(help="Relative logit error allowed; harmful layers stay in float.")
     ] = None,
     layers: Annotated[bool, typer.Option(help="Print what was done to each layer.")] = False,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for what each layer costs alone: SQNR and logit error. Written first."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Quantize a model to an ONNX file that was run, compared and timed beside the float one.
@@ -62,6 +67,7 @@ def quantize(
     with explained(), progress_bar() as tell:
         from vitzoo.benchmark.models import input_size
         from vitzoo.deploy import Thresholds, export_quantized, this_machine
+        from vitzoo.export.files import write_text
         from vitzoo.quantization.api import quantize as quantized_by
         from vitzoo.quantization.config import load_recipe
         from vitzoo.quantization.images import load_folder
@@ -78,7 +84,12 @@ def quantize(
         found = load_folder(
             calibration, built, input_size(built, parse_img_size(img_size)), images, held_back
         )
-        quantized = quantized_by(built, chosen, found.batches, progress=tell)
+        measure = sensitivity is not None
+        quantized = quantized_by(built, chosen, found.batches, progress=tell, measure_layers=measure)
+        if sensitivity is not None:
+            report = {"model": model, "recipe": chosen.name, "logit_error": quantized.logit_error}
+            report |= {"layers": [dataclasses.asdict(layer) for layer in quantized.layers]}
+            write_text(sensitivity, dumps(report, indent=1) + "\n")
         gate = None
         if chosen.runs_as_integers:
             path = output or Path(f"{model}_{chosen.name}.onnx")

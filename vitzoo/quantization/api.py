@@ -28,13 +28,14 @@ from vitzoo.quantization.graph import (
 from vitzoo.quantization.quantizers import Log2, Quantizer, TwinGelu, TwinSoftmax, Uniform
 from vitzoo.quantization.relevance import contribution_scores
 from vitzoo.quantization.simulate import Simulator, SitePlan, simulated
+from vitzoo.quantization.sweep import logit_errors
 from vitzoo.quantization.transforms import reparameterized, smoothing_scales
 
 # Values of one operand kept for fitting; more images than fill it are thinned evenly.
 SAMPLE = 1 << 20
 SEARCH_IMAGES = 4
 SEARCH_ROWS = 1024
-SENSITIVITY_IMAGES = 16
+SENSITIVITY_IMAGES = 8
 RELEVANCE_IMAGES = 8
 
 
@@ -109,14 +110,17 @@ class QuantizedModel(nn.Module):
 
 @dataclass
 class _Samples:
-    """Values that a node took during calibration, thinned to `SAMPLE`, and its channels' largest magnitudes."""
+    """Values that a node took during calibration: thinned to `SAMPLE`; its extremes and its channels' magnitudes."""
 
     parts: list[Tensor] = field(default_factory=list)
     channel_max: Tensor | None = None
+    low: float = 0.0
+    high: float = 0.0
 
     def add(self, x: Tensor, batches: int) -> None:
         largest = x.detach().abs().flatten(0, -2).amax(0)
         self.channel_max = largest if self.channel_max is None else torch.maximum(self.channel_max, largest)
+        self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
         rows = x.detach().flatten(0, -2)
         step = max(1, -(-rows.numel() * batches // SAMPLE))
         self.parts.append(rows[::step].clone())
@@ -132,6 +136,7 @@ def quantize(
     calibration_batches: Iterable[Tensor],
     filter_fn: Callable[[Site], bool] | None = None,
     progress: Callable[[str], None] | None = None,
+    measure_layers: bool = False,
 ) -> QuantizedModel:
     """Quantize a model by a recipe.
 
@@ -141,6 +146,7 @@ def quantize(
         calibration_batches: images as the model takes them, (B, C, H, W), all of one size; 32 to 300 images in all.
         filter_fn: which sites may be quantized; default all.
         progress: called with a few words at the start of each step.
+        measure_layers: measure the logit error of each layer alone, see `sensitivity`, also where no error budget asks.
 
     Returns:
         A new model; layers that the recipe's error budget forbids stay in floating point and say so.
@@ -148,7 +154,45 @@ def quantize(
     Raises:
         ValueError: no images, images of several sizes, or a recipe that finds nothing to quantize.
     """
-    return _Quantization(model, recipe, list(calibration_batches), filter_fn, progress).run()
+    return _Quantization(model, recipe, list(calibration_batches), filter_fn, progress).run(measure_layers)
+
+
+def sensitivity(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration_batches: Iterable[Tensor],
+    images: int = SENSITIVITY_IMAGES,
+    filter_fn: Callable[[Site], bool] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[LayerReport, ...]:
+    """Measure what a recipe does to each layer by itself, all others in floating point.
+
+    With y the exact output of a layer and y' its output by quantized operands, on the same exact input,
+
+        sqnr_db = 10 log10(sum y^2 / sum (y' - y)^2),
+
+    over the first batch. With z the exact logits and z' those when this layer alone is quantized,
+
+        logit_error = norm(z' - z) / norm(z),
+
+    over the first `images`. Noise of different layers is nearly independent: the root of the sum of squared logit
+    errors is about the error of all layers together.
+
+    Args:
+        model: a trained model, float32, on the CPU; it is not changed.
+        recipe: see `Recipe`; its error budget is not applied.
+        calibration_batches: images as the model takes them, (B, C, H, W), all of one size.
+        images: how many of them the logits are compared on.
+        filter_fn: which sites may be quantized; default all.
+        progress: called with a few words at the start of each step.
+
+    Returns:
+        One report a layer in the order they run; layers that the recipe leaves alone have neither figure.
+
+    Raises:
+        ValueError: no images, images of several sizes, or a recipe that finds nothing to quantize.
+    """
+    return _Quantization(model, recipe, list(calibration_batches), filter_fn, progress).sensitivity(images)
 
 
 class _Quantization:
@@ -192,18 +236,28 @@ class _Quantization:
         return self.recipe.first_last_bits if site.name in ends else self.recipe.weight_bits
 
     @torch.inference_mode()
-    def run(self) -> QuantizedModel:
-        recipe = self.recipe
+    def run(self, measure_layers: bool) -> QuantizedModel:
+        plans = self._planned()
+        self.tell("measure each layer")
+        layers, plans = self._choose(plans, measure_layers)
+        error = self._error(plans)
+        return QuantizedModel(self.recipe, self.module, self.all_sites, plans, layers, error)
+
+    def _planned(self) -> dict[str, SitePlan]:
+        """Transform the graph and return the plan of every site."""
         fixed = self._transform()
-        if recipe.mixed_bits:
+        if self.recipe.mixed_bits:
             self.tell("weigh layers by relevance")
             self._allocate()
         self.tell("fit quantizers")
-        plans = self._fit(fixed)
+        return self._fit(fixed)
+
+    @torch.inference_mode()
+    def sensitivity(self, images: int) -> tuple[LayerReport, ...]:
+        plans = self._planned()
         self.tell("measure each layer")
-        layers, plans = self._choose(plans)
-        error = self._error(plans)
-        return QuantizedModel(recipe, self.module, self.all_sites, plans, layers, error)
+        noise, errors = self._noise(plans), self._errors(plans, images)
+        return tuple(self._report(site, plans, noise, errors) for site in self.all_sites)
 
     # transforms -------------------------------------------------------------------------------------------------
 
@@ -284,7 +338,7 @@ class _Quantization:
             key = node, which, bits
             if key not in fitted:
                 fixed_one = fixed.get(self._norm_of(node))
-                fitted[key] = fixed_one or self._activation(seen[node].values, which, bits)
+                fitted[key] = fixed_one or self._activation(seen[node], which, bits)
             return fitted[key]
 
         plans = {}
@@ -317,8 +371,8 @@ class _Quantization:
     def _norm_of(self, name: str) -> str:
         return str(source(self.nodes[name]).name)
 
-    def _activation(self, values: Tensor, which: str, bits: int) -> Quantizer:
-        recipe = self.recipe
+    def _activation(self, seen: _Samples, which: str, bits: int) -> Quantizer:
+        recipe, values = self.recipe, seen.values
         if which == "softmax" and recipe.softmax == "log2":
             return Log2(bits)
         if which == "softmax" and recipe.softmax == "log_sqrt2":
@@ -332,7 +386,7 @@ class _Quantization:
             return calibration.fit_power_of_two_factors(values, bits)
         if recipe.fit == "percentile" and not recipe.runs_as_integers:
             return calibration.fit_percentile(values, bits)
-        return calibration.fit_range(values, bits, shrink=recipe.fit != "minmax")
+        return calibration.fit_range(values, bits, recipe.fit != "minmax", extremes=(seen.low, seen.high))
 
     def _weight(self, site: Site, bits: int) -> Uniform:
         weight = get_tensor(self.module, str(site.weight))
@@ -391,16 +445,19 @@ class _Quantization:
 
     # choices ----------------------------------------------------------------------------------------------------
 
-    def _error(self, plans: Mapping[str, SitePlan], images: int | None = None) -> float:
-        """Return the relative error of the logits with these plans, on the first `images`."""
+    def _error(self, plans: Mapping[str, SitePlan]) -> float:
+        """Return the relative error of the logits with these plans."""
         simulator = Simulator(self.module, self.sites, plans)
-        outputs: list[Tensor] = []
-        for x in self.batches:
-            if images is None or sum(map(len, outputs)) < images:
-                outputs.append(simulator.run(x))
-        out = torch.cat(outputs)
-        exact = self.logits[: len(out)]
-        return float((out - exact).norm() / exact.norm())
+        out = torch.cat([simulator.run(x) for x in self.batches])
+        return float((out - self.logits).norm() / self.logits.norm())
+
+    def _errors(self, plans: Mapping[str, SitePlan], images: int = SENSITIVITY_IMAGES) -> dict[str, float]:
+        """Return the relative error of the logits with each site alone quantized, on the first images."""
+        first = torch.cat(self.batches)[:images].split(len(self.batches[0]))
+        found = logit_errors(
+            self.module, self.sites, {name: {"": plan} for name, plan in plans.items()}, first
+        )
+        return {name: of_site[""] for name, of_site in found.items()}
 
     def _noise(self, plans: Mapping[str, SitePlan]) -> dict[str, float]:
         """Return each site's signal to noise ratio in dB on the first batch, its inputs exact."""
@@ -413,12 +470,14 @@ class _Quantization:
         Simulator(self.module, self.sites, plans, compare).run(self.batches[0])
         return found
 
-    def _choose(self, plans: dict[str, SitePlan]) -> tuple[list[LayerReport], dict[str, SitePlan]]:
+    def _choose(
+        self, plans: dict[str, SitePlan], measure: bool
+    ) -> tuple[list[LayerReport], dict[str, SitePlan]]:
         """Leave the most harmful sites in floating point until the error budget holds."""
-        noise, errors = self._noise(plans), {}
-        budget = self.recipe.error_budget
-        if budget is not None and self._error(plans) > budget:
-            errors = {name: self._error({name: plan}, SENSITIVITY_IMAGES) for name, plan in plans.items()}
+        noise, budget = self._noise(plans), self.recipe.error_budget
+        exceeded = budget is not None and self._error(plans) > budget
+        errors = self._errors(plans) if measure or exceeded else {}
+        if budget is not None and exceeded:
             harmful = sorted(plans, key=lambda name: -errors[name])
             low, high = 0, len(harmful)  # the least number left in floating point lies above low
             while high - low > 1:
@@ -459,12 +518,12 @@ class _Quantization:
         seen = self._record({site.operands[0] for site in inner})
         errors: dict[str, dict[int, float]] = {}
         for site in inner:
-            weight, values = get_tensor(self.module, str(site.weight)), seen[site.operands[0]].values
+            weight, found = get_tensor(self.module, str(site.weight)), seen[site.operands[0]]
             errors[site.name] = {
                 bits: scores[site.name]
                 * (
                     relative_error(weight, self._weight(site, bits))
-                    + relative_error(values, self._activation(values, site.origins[0], bits))
+                    + relative_error(found.values, self._activation(found, site.origins[0], bits))
                 )
                 for bits in recipe.mixed_bits
             }

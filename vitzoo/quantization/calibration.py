@@ -17,6 +17,7 @@ from vitzoo.quantization.quantizers import LogSqrt2, Quantizer, Uniform
 
 Q = TypeVar("Q", bound=Quantizer)
 PERCENTILES = (0.999, 0.9999, 0.99999)
+_COMPARED = 1 << 18  # values that candidates for a range are compared on
 _SMALLEST = torch.finfo(torch.float32).eps  # the least scale FQ-ViT allows
 
 
@@ -193,18 +194,26 @@ def fit_running_percentile(
     return affine(low, high, bits)
 
 
-def fit_range(x: Tensor, bits: int, shrink: bool = True, steps: int = 50) -> Uniform:
+def fit_range(
+    x: Tensor,
+    bits: int,
+    shrink: bool = True,
+    steps: int = 50,
+    extremes: tuple[float, float] | None = None,
+) -> Uniform:
     """Fit the affine quantizer that runtimes execute: unsigned codes, a whole zero point among them, zero in range.
 
     Args:
-        x: calibration data.
+        x: calibration data; more than `_COMPARED` values are thinned evenly to compare candidates.
         bits: width; codes are 0 ... 2^bits - 1.
         shrink: take the extremes times 1 - 0.01 i, i < steps, of least squared error, instead of the extremes.
         steps: see `shrink`.
+        extremes: least and greatest value where x is a sample of what was seen; its own if None.
     """
     check_bits(bits)
     top = 2**bits - 1
-    low, high = x.min().clamp_max(0), x.max().clamp_min(0)
+    ends = (x.min(), x.max()) if extremes is None else x.new_tensor(extremes).unbind()
+    low, high = ends[0].clamp_max(0), ends[1].clamp_min(0)
 
     def between(factor: float) -> Uniform:
         scale = ((high - low) * factor / top).clamp_min(_SMALLEST)
@@ -212,7 +221,9 @@ def fit_range(x: Tensor, bits: int, shrink: bool = True, steps: int = 50) -> Uni
 
     if not shrink:
         return between(1.0)
-    return least_error(x, [between(1 - 0.01 * i) for i in range(steps)])
+    values = x.flatten()
+    values = values[:: -(-len(values) // _COMPARED)]
+    return least_error(values, [between(1 - 0.01 * i) for i in range(steps)])
 
 
 def least_error(x: Tensor, candidates: Sequence[Q]) -> Q:
