@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all test-gpu test-asan test-timm lint format typecheck check bench build build-cuda wheel docs clean
+.PHONY: install demo test test-all test-gpu test-asan test-timm lint format typecheck check bench bench-full build build-cuda wheel docs clean
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -63,8 +63,18 @@ check: lint typecheck test
 docs: install
 	$(BIN)/python docs/generate.py
 
+# A run that fails leaves no file: the JSON gets its name when it is whole.
+define microbenchmark
+	@mkdir -p results
+	$(PYTEST) benchmarks -q --benchmark-columns=median,iqr,rounds --benchmark-json=$(1).part $(2)
+	mv $(1).part $(1)
+endef
+
 bench: install
-	$(BIN)/python benchmarks/run_kernels.py
+	$(call microbenchmark,results/bench.json,--benchmark-min-rounds=3 --benchmark-max-time=0.3)
+
+bench-full: install
+	$(call microbenchmark,results/bench-full.json,--full --benchmark-min-rounds=3)
 
 build: install
 	$(BIN)/python setup.py -q build_ext --inplace

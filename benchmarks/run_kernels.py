@@ -10,24 +10,19 @@ that no implementation on the CPU can do without, that is timed in the same run.
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from operator_cases import backends, candidates, check, floor, passes, shapes_and_inputs
 
-import vitzoo
 from vitzoo.benchmark.machine import machine
 from vitzoo.benchmark.timing import Timing, compare
 from vitzoo.kernels.common import native
-from vitzoo.kernels.common.backends import operators, use_backend
-from vitzoo.testing import assert_backend_close
+from vitzoo.kernels.common.backends import operators
 
 SECONDS = 1.0  # of timing for each candidate, warm-up not included
 
@@ -35,39 +30,6 @@ SECONDS = 1.0  # of timing for each candidate, warm-up not included
 def surroundings() -> dict[str, Any]:
     """Return what a reader needs to repeat the measurement."""
     return {**machine(), "isa": native.cpu_isa(), "vnni": native.cpu_vnni()}
-
-
-def with_gradients(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return fresh leaves of the floating-point tensors that require a gradient."""
-    return {
-        key: value.detach().clone().requires_grad_()
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for key, value in inputs.items()
-    }
-
-
-def forward_call(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], Any]:
-    """Return a call of the forward pass alone."""
-
-    def call() -> None:
-        with torch.no_grad():
-            function(**inputs)
-
-    return call
-
-
-def train_call(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], Any]:
-    """Return a call of the forward and backward pass, all gradients."""
-    leaves = with_gradients(inputs)
-    wanted = [x for x in leaves.values() if isinstance(x, Tensor) and x.requires_grad]
-
-    def call() -> None:
-        out = function(**leaves)
-        out = out[0] if isinstance(out, tuple) else out
-        torch.autograd.grad(out, wanted, torch.ones_like(out))
-
-    return call
 
 
 def summary(timing: Timing) -> dict[str, float]:
@@ -78,72 +40,16 @@ def summary(timing: Timing) -> dict[str, float]:
     return {"median_ms": 1e3 * timing.median, **quartiles, "min_ms": least, "rounds": rounds}
 
 
-def modules(name: str) -> tuple[ModuleType, ModuleType]:
-    """Return an operator's modules of inputs and of the reference."""
-    folder = getattr(vitzoo.kernels, name).__module__.rsplit(".", 1)[0]
-    return importlib.import_module(f"{folder}.inputs"), importlib.import_module(f"{folder}.reference")
-
-
-def shapes_and_inputs(name: str) -> tuple[dict[str, Any], Callable[..., dict[str, Any]]]:
-    """Return an operator's model shapes by label, and what makes inputs of one; a folder may serve two operators."""
-    module, _ = modules(name)
-    shapes = getattr(module, f"{name.upper()}_MODEL_SHAPES", None) or module.MODEL_SHAPES
-    return shapes, getattr(module, f"make_{name}_inputs", None) or module.make_inputs
-
-
-def baselines(name: str) -> dict[str, Callable[..., Any]]:
-    """Return what an operator is timed against: its reference, and the formulations that its inputs.py names."""
-    module, definition = modules(name)
-    named = getattr(module, f"{name.upper()}_BASELINES", None) or getattr(module, "BASELINES", {})
-    return {"reference": getattr(definition, f"{name}_reference"), **named}
-
-
-def forced(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """Return the function with its backend forced."""
-
-    def call(**kwargs: Any) -> Any:
-        with use_backend(backend):
-            return function(**kwargs)
-
-    return call
-
-
-def check(name: str, backend: str, inputs: dict[str, Any], differentiable: bool) -> None:
-    """Raise AssertionError unless a backend is as right as the reference; without gradients the two must agree."""
-    function = getattr(vitzoo.kernels, name)
-    if differentiable:
-        assert_backend_close(function, inputs, backend, use_backend)
-    else:
-        ours, theirs = (forced(function, which)(**inputs) for which in (backend, "reference"))
-        # after GELU a code may differ by one from the reference's at a tie
-        bounds = {} if ours.is_floating_point() else {"rtol": 0, "atol": 1}
-        torch.testing.assert_close(ours, theirs, **bounds)
-
-
-def floor(name: str, shape: Any) -> Callable[[], Any] | None:
-    """Return a call that does the least work of an operator's forward pass on the CPU, or None where none is known."""
-    make = getattr(modules(name)[0], "floor_call", None)
-    return None if make is None else make(shape)
-
-
 def measure(name: str, label: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """Check and time one operator at one shape with every backend that runs here, against every baseline."""
     shapes, make_inputs = shapes_and_inputs(name)
-    inputs, against = make_inputs(shapes[label], dtype), baselines(name)
-    adapted = getattr(modules(name)[0], "BASELINE_INPUTS", {})
-    passes = {"forward": forward_call}
-    if hasattr(torch.ops.vitzoo, f"{name}_bwd"):
-        passes["forward+backward"] = train_call
-    ours = {}
-    for backend in operators[name].backends:
-        if backend.name != "reference" and backend.why_not() is None:
-            ours[backend.name] = forced(getattr(vitzoo.kernels, name), backend.name)
-            check(name, backend.name, inputs, differentiable=len(passes) > 1)
+    inputs, kinds, ours = make_inputs(shapes[label], dtype), passes(name), backends(name)
+    for backend in ours:
+        check(name, backend, inputs, differentiable=len(kinds) > 1)
     rows = []
-    for kind, make in passes.items():
-        calls = {
-            k: make(f, adapted[k](inputs) if k in adapted else inputs) for k, f in (ours | against).items()
-        }
+    for kind in kinds:
+        calls = candidates(name, kind, inputs)
+        against = [candidate for candidate in calls if candidate not in ours]
         least = floor(name, shapes[label]) if kind == "forward" else None
         if least is not None and "cpu" in ours:
             calls["floor"] = least
