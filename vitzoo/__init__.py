@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vitzoo.deploy import export_quantized, validate
     from vitzoo.export import export_onnx
     from vitzoo.quantization.api import quantize
+    from vitzoo.quantization.convert import convert_int8
 
 __all__ = [
     "CATEGORIES",
@@ -30,6 +31,7 @@ __all__ = [
     "UnknownModelError",
     "__version__",
     "benchmark",
+    "convert_int8",
     "count_flops",
     "create_model",
     "export_onnx",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "convert_int8": "vitzoo.quantization.convert",
     "count_flops": "vitzoo.benchmark.flops",
     "export_onnx": "vitzoo.export",
     "export_quantized": "vitzoo.deploy",

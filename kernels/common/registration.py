@@ -9,7 +9,8 @@ along with it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,12 +23,23 @@ from vitzoo.kernels.common.eager import direct
 _LIBRARY = torch.library.Library("vitzoo", "FRAGMENT")
 # operator -> FLOPs in the convention of the scan papers' tables, from the inputs with tensors as shapes
 paper_formulas: dict[Any, Callable[..., int]] = {}
+_KEPT = ContextVar("kept", default=False)
+
+
+@contextlib.contextmanager
+def keep_operators() -> Iterator[None]:
+    """Leave operators whole in graphs that torch.export traces meanwhile: they then run on our kernels, with vitzoo."""
+    token = _KEPT.set(True)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 def exporting() -> bool:
     """Return whether the call is being traced for export, where an operator decomposes into torch operations."""
     # torch 2.11 answers yes to is_exporting() under torch.compile too, where the operator itself belongs
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling() and not _KEPT.get()
 
 
 def register(

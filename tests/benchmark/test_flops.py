@@ -115,7 +115,7 @@ class _Int8(nn.Module):
         (_Scan(), {"scan": selective_scan_flops(1, 4, 36, 5) // 2}),
         (_Pruned(False), {}),  # a top-k, a sort and a gather
         (_Pruned(True), {"other": 17 * 4}),  # 18 of 35 are kept, 17 are weighed by their scores
-        (_Int8(), {"matmul": 36 * 4 * 7}),
+        (_Int8(), {"integer matmul": 36 * 4 * 7}),
     ],
     ids=["deformable conv", "scan", "top-k gather", "fused tokens", "int8 linear"],
 )

@@ -47,9 +47,10 @@ _NOTHING_BY_CONVENTION = frozenset(
 )
 
 _KINDS = {
-    **dict.fromkeys(("mm", "addmm", "_addmm_activation", "_int_mm", "_scaled_mm", "mv", "addmv"), "matmul"),
+    **dict.fromkeys(("mm", "addmm", "_addmm_activation", "_scaled_mm", "mv", "addmv"), "matmul"),
     **dict.fromkeys(("bmm", "baddbmm", "addbmm", "dot", "vdot"), "attention"),
 }
+_INTEGER_PRODUCTS = ("int8_linear", "_int_mm")
 _KINDS_BY_PART = {
     "scan": "scan",
     "retention": "scan",
@@ -68,6 +69,8 @@ def kind(packet: Any, by_weight: bool) -> str:
         by_weight: whether a factor is a parameter; a batched product is then a matmul and not attention.
     """
     name = packet._qualified_op_name.partition("::")[2]
+    if name in _INTEGER_PRODUCTS:
+        return "integer matmul"
     if name in _KINDS:
         return "matmul" if by_weight else _KINDS[name]
     return next((kind for part, kind in _KINDS_BY_PART.items() if part in name), "other")

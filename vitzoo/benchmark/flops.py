@@ -36,8 +36,8 @@ class FlopCount:
         scan_convention: "exact" or "paper", see `count_flops`.
         by_module: qualified module name -> GMACs, submodules included; what runs outside any submodule is in
             the total only.
-        by_kind: "matmul" (a product with a weight), "attention" (a product of two activations), "conv",
-            "deformable conv", "scan", "other" -> GMACs; only kinds that occur.
+        by_kind: "matmul" (a product with a weight), "integer matmul" (one of 8-bit codes), "attention" (a product
+            of two activations), "conv", "deformable conv", "scan", "other" -> GMACs; only kinds that occur.
         by_operator: operator as it ran, "aten::addmm" or "vitzoo::selective_scan" -> GMACs; only those with any.
         uncounted_ops: operators that ran, have no formula and are not among those that count as nothing by
             convention (elementwise, reductions, norms, pooling, copies, gathers, sorting, resampling).

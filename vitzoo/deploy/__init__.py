@@ -1,7 +1,7 @@
 """From a trained model to a quantized file that was run, compared and timed before it was handed over; accuracy."""
 
 from vitzoo.deploy.accuracy import Validation, validate
-from vitzoo.deploy.coverage import Coverage, onnxruntime_coverage
+from vitzoo.deploy.coverage import Coverage, onnxruntime_coverage, torch_coverage
 from vitzoo.deploy.gate import Gate, GateError, Thresholds, export_quantized, this_machine
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "export_quantized",
     "onnxruntime_coverage",
     "this_machine",
+    "torch_coverage",
     "validate",
 ]

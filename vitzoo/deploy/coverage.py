@@ -1,4 +1,4 @@
-"""Which multiply-accumulates of an ONNX file run in integer kernels, read off the graph that the runtime runs.
+"""Which multiply-accumulates run in integer kernels, read off the graph that a runtime runs or PyTorch's operators.
 
 A file with Q and DQ nodes may run in float all the same: whether a runtime fuses them is known only after it has
 optimized the graph. Here each product of that graph is counted by the shapes it had in a run.
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from vitzoo.benchmark.flops import count_flops
 from vitzoo.export.check import open_session, run_session
 
 # kernels whose products are of integers -> place of the second factor among the inputs
@@ -111,6 +112,32 @@ def onnxruntime_coverage(path: str | Path, x: Tensor) -> Coverage:
     integer = sum(macs for kernel, macs in by_kernel.items() if kernel in INTEGER)
     ordered = dict(sorted(floating.items(), key=lambda item: -item[1]))
     return Coverage(integer, sum(by_kernel.values()), by_kernel, ordered)
+
+
+def torch_coverage(model: nn.Module, input_size: Sequence[int]) -> Coverage:
+    """Run a module in PyTorch and count its products, by the definition of `onnxruntime_coverage`.
+
+    Args:
+        model: a float or converted model, a graph module, or the module of an exported program.
+        input_size: (C, H, W) in pixels.
+
+    Returns:
+        The products of one image; `floating` and `by_kernel` by kind of work, as `count_flops` names it.
+
+    Raises:
+        ValueError: an operator ran whose products cannot be counted.
+    """
+    counted = count_flops(model, input_size)
+    if counted.uncounted_ops:
+        raise ValueError(
+            f"the model runs {', '.join(counted.uncounted_ops)}, whose products cannot be counted"
+        )
+    macs = {
+        kind: round(gmacs * 1e9) for kind, gmacs in counted.by_kind.items() if kind not in ("scan", "other")
+    }
+    floating = {kind: n for kind, n in macs.items() if kind != "integer matmul"}
+    ordered = dict(sorted(floating.items(), key=lambda item: -item[1]))
+    return Coverage(macs.get("integer matmul", 0), sum(macs.values()), macs, ordered)
 
 
 def _macs(node: Any, kernel: str, seen: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from vitzoo.kernels.common.registration import keep_operators
 from vitzoo.layers.attention import PlainAttention
 
 aten = torch.ops.aten
@@ -75,25 +76,27 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def capture(model: nn.Module, x: Tensor) -> fx.GraphModule:
+def capture(model: nn.Module, x: Tensor, whole: bool = False) -> fx.GraphModule:
     """Return the model as a graph with a dynamic batch, in evaluation mode, weights copied.
 
     Args:
         model: any model that exports, ours or timm's.
         x: an example, (2, C, H, W); its size is kept, its batch is not.
+        whole: leave attention and our operators as single nodes, to be run by PyTorch, instead of spelling them out.
 
     Raises:
         RuntimeError: torch.export cannot trace the model; the message is its own.
     """
     training = model.training
     try:
-        with torch.no_grad(), _quiet(), PlainAttention():
+        with torch.no_grad(), _quiet(), keep_operators() if whole else PlainAttention():
             program = torch.export.export(
                 model.eval(), (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )
-            module = program.module(check_guards=False)
+            exported = program.module(check_guards=False)
     finally:
         model.train(training)
+    module = fx.GraphModule(exported, exported.graph)  # the exporter's own refuses eval() and train()
     for name, parameter in [*module.named_parameters()]:
         owner, _, leaf = name.rpartition(".")
         setattr(
@@ -132,6 +135,23 @@ def set_tensor(module: fx.GraphModule, name: str, value: Tensor) -> None:
     """Replace a parameter of the graph, or add one."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def tidy(module: fx.GraphModule) -> None:
+    """Drop nodes, submodules, parameters and buffers that a rewritten graph reads no more, and compile it."""
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.delete_all_unused_submodules()
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    for prefix, owner in [*module.named_modules()]:
+        if prefix in called:
+            continue
+        for store in ("_parameters", "_buffers"):
+            for leaf in [*getattr(owner, store)]:
+                if f"{prefix}.{leaf}".lstrip(".") not in read:
+                    del getattr(owner, store)[leaf]
+    module.recompile()
 
 
 def _fold_batch_norm(module: fx.GraphModule) -> None:

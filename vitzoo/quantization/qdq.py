@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from vitzoo.quantization.api import QuantizedModel
-from vitzoo.quantization.graph import Site, get_tensor
+from vitzoo.quantization.graph import Site, get_tensor, tidy
 from vitzoo.quantization.quantizers import Quantizer, Uniform
 from vitzoo.quantization.simulate import SitePlan, dynamic_range
 
@@ -105,11 +105,7 @@ class _Builder:
             if plan is not None:
                 with self.graph.inserting_before(nodes[site.node]):
                     self._rewrite(site, plan, nodes[site.node], nodes[site.result])
-        self.graph.eliminate_dead_code()
-        self.graph.lint()
-        self.module.delete_all_unused_submodules()
-        self._drop_float_weights()
-        self.module.recompile()
+        tidy(self.module)
         return self.module
 
     def _rewrite(self, site: Site, plan: SitePlan, node: fx.Node, result: fx.Node) -> None:
@@ -202,12 +198,3 @@ class _Builder:
             return self._call(torch.ops.vitzoo_qdq.dynamic_product.default, a, b)
         quantized = self._quantized(a, plan.operands[0]), self._quantized(b, plan.operands[1])
         return self._call(aten.matmul.default, *quantized)
-
-    def _drop_float_weights(self) -> None:
-        """Drop parameters and buffers that no node reads any more."""
-        read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        for store in ("_parameters", "_buffers"):
-            for prefix, owner in [*self.module.named_modules()]:
-                for leaf in [*getattr(owner, store)]:
-                    if f"{prefix}.{leaf}".lstrip(".") not in read:
-                        del getattr(owner, store)[leaf]
