@@ -14,6 +14,7 @@ OPTIONAL = {
     "onnx": ("export to ONNX", "pip install 'vitzoo[onnx]'"),
     "onnxscript": ("export to ONNX", "pip install 'vitzoo[onnx]'"),
     "onnxruntime": ("checking and running exported files", "pip install 'vitzoo[onnx]'"),
+    "openvino": ("`vitzoo bench --runtime openvino`", "pip install 'vitzoo[openvino]'"),
     "scikit-learn": ("the demo's photographs", "pip install 'vitzoo[demo]'"),
     "jinja2": ("the demo's and the report's page", "pip install 'vitzoo[report]'"),
     "plotly": ("`vitzoo report`'s page", "pip install 'vitzoo[report]'"),
