@@ -205,19 +205,11 @@ def test_a_failing_model_is_a_row_and_the_sweep_goes_on(error: Exception, kind: 
     assert [row["label"] for row in found.rows if "error" not in row] == ["good", "bad", "good"]
 
 
-def test_int8_without_a_quantized_path_is_refused() -> None:
-    (row,) = vitzoo.benchmark(_linear(), dtype="int8", **TINY).rows
+@pytest.mark.parametrize("runtime", ["eager", "compiled", "openvino"])
+def test_int8_without_a_quantized_path_is_refused(runtime: str) -> None:
+    (row,) = vitzoo.benchmark(_linear(), dtype="int8", runtime=runtime, **TINY).rows
     assert row["error_kind"] == "unsupported"
-    assert "int8 needs a quantized form" in row["error"]
-
-
-def test_int8_takes_the_registered_path(monkeypatch) -> None:
-    from vitzoo.benchmark.case import QUANTIZERS
-
-    monkeypatch.setitem(QUANTIZERS, "eager", lambda model: nn.Sequential(model, nn.Flatten()))
-    found = vitzoo.benchmark(_linear(), dtype=["float32", "int8"], **TINY)
-    assert [row["precision"] for row in found.rows] == ["float32", "int8"]
-    assert found.failed == []
+    assert f"for runtime onnxruntime, not for runtime {runtime}" in row["error"]
 
 
 def test_interrupted_it_leaves_the_finished_rows(tmp_path: Path) -> None:

@@ -61,6 +61,25 @@ def test_models_and_files_side_by_side(file: Path) -> None:
     assert theirs[0]["weight_mib"] == pytest.approx(file.stat().st_size / 2**20, abs=1e-3)
 
 
+def test_int8_is_a_quantized_file_beside_the_float_one() -> None:
+    found = vitzoo.benchmark(
+        "deit_tiny_patch16_224", kwargs=dict(depth=1, num_classes=5), img_size=32, dtype=["float32", "int8"],
+        runtime="onnxruntime", **QUICK,
+    )  # fmt: skip
+    assert found.failed == []
+    whole, quantized = found.rows
+    assert (whole["precision"], quantized["precision"]) == ("float32", "int8")
+    assert whole["difference_from_eager"] < 1e-4 < quantized["difference_from_eager"] < 0.2
+    assert quantized["weight_mib"] < 0.4 * whole["weight_mib"]
+    assert quantized["infer_gmacs"] == whole["infer_gmacs"]
+
+
+def test_int8_of_a_users_file_is_refused(file: Path) -> None:
+    (row,) = vitzoo.benchmark(str(file), dtype="int8", img_size=32, **QUICK).rows
+    assert row["error_kind"] == "unsupported"
+    assert f"not of {file}" in row["error"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

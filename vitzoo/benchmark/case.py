@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,7 @@ FILE_RUNTIMES = ("onnxruntime", "openvino")  # what runs an ONNX file
 MODES = ("infer", "train")
 ATTENTIONS = ("default", "matrix")
 
-
-# runtime -> what makes the int8 form of a model in float32; empty until a quantized path is registered here
-QUANTIZERS: dict[str, Callable[[nn.Module], nn.Module]] = {}
+INT8_RUNTIMES = ("onnxruntime",)  # what a model is quantized for
 
 
 class Unsupported(ValueError):
@@ -41,7 +39,7 @@ class Case:
         batch_size: images a call. It is never made smaller: what does not fit is an error in the row.
         img_size: side or (H, W) in pixels; the model's own if None.
         threads: CPU threads inside an operator; PyTorch's number if None.
-        dtype: of weights and input, one of `DTYPES`.
+        dtype: of weights and input, one of `DTYPES`; with int8 the input is float32, see `runtimes.with_file`.
         memory_format: of weights and input, one of `MEMORY_FORMATS`.
         runtime: one of `RUNTIMES`.
         mode: "infer", a forward pass, or "train", a forward and backward pass and a step of SGD.

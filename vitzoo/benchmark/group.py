@@ -14,7 +14,7 @@ import torch
 from vitzoo.benchmark.case import Case, Measure, Unsupported
 from vitzoo.benchmark.models import build, describe
 from vitzoo.benchmark.results import Row
-from vitzoo.benchmark.runtimes import check, with_file
+from vitzoo.benchmark.runtimes import check, file_mib, with_file
 from vitzoo.benchmark.statistics import ratio_of_medians
 from vitzoo.benchmark.subject import Subject, prepare
 from vitzoo.benchmark.timing import BLOCK_SECONDS, Progress, Timing, compare_blocks
@@ -78,6 +78,11 @@ class _Group:
                 self.rows[i][f"{case.mode}_img_size"] = _side(size)
                 self.sizes[i] = size
                 self.cases[i] = with_file(case, build, size, self.folder)
+                file = self.cases[i].file
+                if (
+                    case.dtype == "int8" and file is not None
+                ):  # described is the float32 model it was made from
+                    self.rows[i]["weight_mib"] = round(file_mib(file), 3)
                 with _threads(case.threads):
                     start = Worker if self.how.isolate else prepare
                     self.subjects[case.name] = start(self.cases[i], size)

@@ -107,6 +107,13 @@ def commit() -> str | None:
         return None
 
 
+def this_machine() -> str:
+    """Return the target of `vitzoo.export.quantized` that this machine is."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "arm"
+    return "x86-vnni" if {"avx512_vnni", "avx_vnni"} & {*cpu()["flags"]} else "x86-avx2"
+
+
 def _git(root: Path, *arguments: str) -> str:
     done = subprocess.run(
         ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10

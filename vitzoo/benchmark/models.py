@@ -13,7 +13,7 @@ from timm.layers import set_fused_attn, use_fused_attn
 from timm.models import get_model_input_config
 from torch import nn
 
-from vitzoo.benchmark.case import QUANTIZERS, Case, ImgSize, Unsupported
+from vitzoo.benchmark.case import Case, ImgSize, Unsupported
 from vitzoo.benchmark.flops import count_flops
 from vitzoo.benchmark.layers import create_layer
 from vitzoo.benchmark.runtimes import file_facts
@@ -43,7 +43,10 @@ def create_for(name: str, img_size: ImgSize | None, **kwargs: Any) -> nn.Module:
 
 
 def build(case: Case) -> nn.Module:
-    """Return the case's model in its type and memory format, on the default device, in evaluation mode."""
+    """Return the case's model in its type and memory format, on the default device, in evaluation mode.
+
+    Of an int8 case that is the float32 model that its file is quantized from.
+    """
     with _attention(case.attention):
         if case.module is not None:
             model = copy.deepcopy(case.module)
@@ -52,7 +55,7 @@ def build(case: Case) -> nn.Module:
         else:
             model = create_for(case.model, case.img_size, **case.kwargs)
     model = model.eval()
-    model = QUANTIZERS[case.runtime](model) if case.dtype == "int8" else model.to(getattr(torch, case.dtype))
+    model = model.to(torch.float32 if case.dtype == "int8" else getattr(torch, case.dtype))
     if case.memory_format == "channels_last":
         model = model.to(memory_format=torch.channels_last)
     return model

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitzoo.benchmark.case import FILE_RUNTIMES, QUANTIZERS, Case, Unsupported
+from vitzoo.benchmark.case import FILE_RUNTIMES, INT8_RUNTIMES, Case, Unsupported
+from vitzoo.benchmark.machine import this_machine
 
+CALIBRATION_IMAGES = 8
 Run = Callable[[Any], list[Any]]
 INSTALL = {"onnxruntime": "pip install 'vitzoo[onnx]'", "openvino": "pip install 'vitzoo[openvino]'"}
 
@@ -36,11 +38,16 @@ def check(case: Case) -> None:
         Unsupported: a combination that no runtime here takes.
         ImportError: a missing package, with the line that installs it.
     """
+    if case.dtype == "int8" and (case.runtime not in INT8_RUNTIMES or case.is_file):
+        raise Unsupported(
+            f"int8 is measured of models that are quantized here for runtime {', '.join(INT8_RUNTIMES)}, not "
+            + (f"of {case.model}" if case.is_file else f"for runtime {case.runtime}")
+        )
     if case.runtime in FILE_RUNTIMES:
         wrong = {
             "mode": case.mode != "infer",
             "device": case.device != "cpu",
-            "dtype": case.dtype != "float32",
+            "dtype": case.dtype not in ("float32", "int8"),
             "memory_format": case.memory_format != "contiguous",
         }
         for name, bad in wrong.items():
@@ -53,28 +60,34 @@ def check(case: Case) -> None:
         raise Unsupported(
             f"{case.model} is an ONNX file: runtime is {' or '.join(FILE_RUNTIMES)}, not {case.runtime}"
         )
-    if case.dtype == "int8" and case.runtime not in QUANTIZERS:
-        raise Unsupported(
-            f"int8 needs a quantized form of the model, and runtime {case.runtime} has none registered"
-        )
     require(case.runtime)
 
 
 def with_file(case: Case, build: Callable[[Case], nn.Module], size: Sequence[int], folder: Path) -> Case:
-    """Return the case with the ONNX file that its runtime reads; a model without one yet is exported to the folder."""
+    """Return the case with the ONNX file that its runtime reads; a model without one yet is exported to the folder.
+
+    Of an int8 case the file is quantized by the recipe "w8a8" for this machine. What it is calibrated on, a few random
+    images, is good for its speed; nothing is said about its accuracy.
+    """
     if case.runtime not in FILE_RUNTIMES:
         return case
     if case.is_file:
         return replace(case, file=Path(case.model).resolve())
     from vitzoo.export import export_onnx
+    from vitzoo.export.quantized import export_int8
 
     # the batch is dynamic: one file serves every batch size, number of threads and runtime of a sweep
-    same = (case.model, id(case.module), tuple(size), case.attention, sorted(case.kwargs.items(), key=str))
+    of_model = (case.model, id(case.module), case.attention, sorted(case.kwargs.items(), key=str))
+    same = (*of_model, tuple(size), case.dtype)
     path = folder / f"{hashlib.sha256(repr(same).encode()).hexdigest()[:16]}.onnx"
     if not path.exists():
         torch.manual_seed(0)
         model = build(case)
-        export_onnx(model, path, tuple(size), check=False)
+        if case.dtype == "int8":
+            images = torch.randn(CALIBRATION_IMAGES, *size, generator=torch.Generator().manual_seed(1))
+            export_int8(model, path, images, this_machine())
+        else:
+            export_onnx(model, path, tuple(size), check=False)
         x = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             torch.save({"x": x, "out": _first(model(x))}, _expected(path))
@@ -131,6 +144,12 @@ def _openvino(path: Path, threads: int) -> Run:
     return lambda array: list(request.infer({0: array}).values())
 
 
+def file_mib(path: Path) -> float:
+    """Return the size of an ONNX file in MiB, with the file of weights beside it where there is one."""
+    files = [path, *(data for data in [path.with_name(path.name + ".data")] if data.exists())]
+    return sum(file.stat().st_size for file in files) / 2**20
+
+
 def file_facts(path: Path) -> dict[str, Any]:
     """Return what is known of an ONNX file without running it: its size, parameters and input.
 
@@ -140,12 +159,8 @@ def file_facts(path: Path) -> dict[str, Any]:
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    sizes = [
-        path.stat().st_size,
-        *(f.stat().st_size for f in [path.with_name(path.name + ".data")] if f.exists()),
-    ]
     constant = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constant]
     shape = [d.dim_value or None for d in inputs[0].type.tensor_type.shape.dim]
     parameters = sum(math.prod(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) > 0)
-    return {"weight_mib": sum(sizes) / 2**20, "param_count": parameters / 1e6, "input": shape}
+    return {"weight_mib": file_mib(path), "param_count": parameters / 1e6, "input": shape}

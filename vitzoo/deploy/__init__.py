@@ -1,8 +1,9 @@
 """From a trained model to a quantized file that was run, compared and timed before it was handed over; accuracy."""
 
+from vitzoo.benchmark.machine import this_machine
 from vitzoo.deploy.accuracy import Validation, validate
 from vitzoo.deploy.coverage import Coverage, onnxruntime_coverage, torch_coverage
-from vitzoo.deploy.gate import Gate, GateError, Thresholds, export_quantized, this_machine
+from vitzoo.deploy.gate import Gate, GateError, Thresholds, export_quantized
 
 __all__ = [
     "Coverage",

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vitzoo.benchmark.case import ImgSize
+from vitzoo.benchmark.machine import this_machine
 from vitzoo.benchmark.models import create_for, input_size
 from vitzoo.benchmark.results import Recorder, Row
 from vitzoo.benchmark.run import header, stamp
 from vitzoo.benchmark.timing import Progress
 from vitzoo.deploy.exported import PREPROCESSING, read_exported
-from vitzoo.deploy.gate import this_machine
 from vitzoo.deploy.labelled import LabelledFolder, collate
 from vitzoo.export.check import open_session, run_session
 

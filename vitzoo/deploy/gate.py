@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from vitzoo._version import __version__
-from vitzoo.benchmark.machine import cpu, machine
+from vitzoo.benchmark.machine import machine, this_machine
 from vitzoo.benchmark.timing import compare
 from vitzoo.deploy.coverage import onnxruntime_coverage
 from vitzoo.export import export_onnx
@@ -184,14 +183,6 @@ def export_quantized(
         written.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         publish(folder, destination)
     return gate
-
-
-def this_machine() -> str:
-    """Return the target that this machine is."""
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return "arm"
-    flags = cpu()["flags"]
-    return "x86-vnni" if {"avx512_vnni", "avx_vnni"} & {*flags} else "x86-avx2"
 
 
 def _silent(step: str) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitzoo.export.files import publish, scratch_folder
 from vitzoo.export.onnx import describe, require_packages, translate
-from vitzoo.quantization.api import QuantizedModel
+from vitzoo.quantization.api import QuantizedModel, quantize
+from vitzoo.quantization.config import load_recipe
 from vitzoo.quantization.qdq import integer_graph
 
 TARGETS = ("x86-vnni", "x86-avx2", "arm", "tensorrt")
@@ -59,6 +60,24 @@ def write_quantized(
         program.save(str(folder / destination.name), external_data=False)
         publish(folder, destination)
     return dict(sorted(Counter(node.op_type for node in program.model.graph.all_nodes()).items()))
+
+
+def export_int8(
+    model: nn.Module, path: str | os.PathLike[str], images: Tensor, target: str, recipe: str = "w8a8"
+) -> None:
+    """Quantize a model and write it as an ONNX file without the gate of `vitzoo.deploy`, to measure it.
+
+    Args:
+        model: float32, on the CPU; it is not changed.
+        path: file to write, whole or not at all.
+        images: to calibrate on, (B, C, H, W).
+        target: who will run it, one of `TARGETS`.
+        recipe: name of a recipe whose `runs_as_integers` is true.
+
+    Raises:
+        ImportError, OSError, ValueError, ExportError: as `write_quantized` and `vitzoo.quantization.quantize`.
+    """
+    write_quantized(quantize(model, load_recipe(recipe), [images]), path, model, target)
 
 
 def check_target(target: str) -> None:
