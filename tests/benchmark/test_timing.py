@@ -12,6 +12,11 @@ from vitzoo.benchmark.machine import machine
 from vitzoo.benchmark.timing import Timing, compare, compare_blocks
 
 
+def test_a_call_longer_than_the_warm_up_is_made_once() -> None:
+    timings = compare({"slow": lambda: time.sleep(0.03)}, seconds=0.01, min_rounds=1, warmup_seconds=0.02)
+    assert timings["slow"].warmup_calls == 1
+
+
 def test_rounds_are_interleaved_and_ratios_found() -> None:
     calls: list[str] = []
 

@@ -214,8 +214,8 @@ class _Rounds:
         for index, name in enumerate(list(self.times)):
             self._tell(f"warm up {name}", 0.2 * index / len(self._blocks))
             with self._dropping(name):
-                times = [self._blocks[name](1)]
                 end = time.perf_counter() + limit
+                times = [self._blocks[name](1)]
                 while time.perf_counter() < end and not _stable(times):
                     times.append(self._blocks[name](1))
                 self.warmup_calls[name] = len(times)
