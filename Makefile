@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all test-gpu test-asan test-timm lint format typecheck check bench bench-full build build-cuda wheel docs clean
+.PHONY: install demo test test-all test-gpu test-asan test-timm lint format typecheck check bench bench-full readme-table build build-cuda wheel docs clean
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -75,6 +75,10 @@ bench: install
 
 bench-full: install
 	$(call microbenchmark,results/bench-full.json,--full --benchmark-min-rounds=3)
+
+# RESULT: another result file of the headline suite than the one that README.md names
+readme-table: install
+	$(BIN)/python benchmarks/readme_table.py $(RESULT)
 
 build: install
 	$(BIN)/python setup.py -q build_ext --inplace

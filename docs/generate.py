@@ -65,8 +65,8 @@ Made by `make docs` from what `benchmarks/flops_audit.py` counted. `vitzoo.count
 
 - **Units.** A MAC is one multiply-accumulate. `gmacs` is what papers and timm print, often under the name FLOPs;
   `gflops` is twice that, always.
-- **Counted**, by kind: `matmul` (a product with a weight, of integers too), `attention` (a product of two
-  activations: fused attention and plain products give the same number), `conv`, `deformable conv`, `scan`.
+- **Counted**, by kind: `matmul` (a product with a weight), `integer matmul` (of 8-bit codes), `attention` (a product
+  of two activations: fused attention and plain products give the same number), `conv`, `deformable conv`, `scan`.
 - **Nothing by convention**, as in the published tables: biases, activations, softmax, norms, pooling, residual
   sums, copies, gathers, top-k and sorting, interpolation. Sampling at fractional places belongs to the last, so a
   deformable convolution counts as the convolution of its size. Fusing pruned tokens is a product of scores and tokens

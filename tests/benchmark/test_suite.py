@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vitzoo.benchmark.claims import Claim, judged
+from vitzoo.benchmark.claims import Claim, in_words, judged
 from vitzoo.benchmark.results import read_results
 from vitzoo.benchmark.suite import Suite, load_suite, parse, run_suite
 from vitzoo.cli import app
@@ -180,6 +180,23 @@ def test_a_suite_that_is_wrong(tmp_path: Path, before: str, after: str, message:
     with pytest.raises(ValueError, match=message) as caught:
         load_suite(path)
     assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        ([1.0, 1.01, 0.99] * 4, "holds"),
+        ([1.0, 3.0, 1.3, 4.0, 1.1, 2.0] * 2, "holds, within noise"),
+        ([4.0, 4.1, 3.9] * 4, "does not hold here"),
+        ([2.6, 2.0, 2.3, 2.5, 2.4, 1.6] * 2, "does not hold here, within noise"),
+    ],
+)
+def test_a_claim_that_noise_could_turn_says_so(samples: list, words: str) -> None:
+    row = dict(threads=1, precision="float32", device="cpu", requested_batch_size=1, runtime="eager")
+    rows = [{**row, "label": "a", "requested_img_size": None, "samples_s": samples}]
+    rows.append({**rows[0], "label": "b", "samples_s": [4.0, 4.01, 3.99] * 4})
+    (found,) = judged("c", [Claim("faster", "paper", "a", "b", 2.0)], rows, 0.99)
+    assert in_words(found) == words
 
 
 def test_a_table_where_another_thing_stands() -> None:

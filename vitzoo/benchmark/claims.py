@@ -69,6 +69,14 @@ def judged(comparison: str, claims: Sequence[Claim], rows: Sequence[Row], confid
     return found
 
 
+def in_words(claim: Row) -> str:
+    """Return the verdict of a claim's row, and that noise could turn it where its bar lies in the interval."""
+    needed = claim["tolerance"] * claim["expected"]
+    if claim["low"] is not None and claim["low"] <= needed <= claim["high"]:
+        return f"{claim['verdict']}, within noise"
+    return str(claim["verdict"])
+
+
 def _judged(comparison: str, claim: Claim, subject: Row, baseline: Row, confidence: float) -> Row:
     row: dict[str, Any] = {"kind": "claim", "schema_version": SCHEMA_VERSION, "comparison": comparison}
     row |= asdict(claim) | {"figure": claim.figure, "img_size": subject["requested_img_size"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vitzoo.benchmark.claims import in_words
 from vitzoo.benchmark.results import Row
 
 # field of a row as `plain` gives it -> heading, for the settings that a sweep may vary
@@ -99,5 +100,5 @@ def claims_table(claims: Sequence[Row]) -> Any:
         size = "own" if claim["img_size"] is None else claim["img_size"]
         on = f"batch {claim['requested_batch_size']}, {size} pixels, {said('threads', claim['threads'])}"
         row = {"claim": claim["text"], "figure": claim["figure"], "claimed": f"{claim['expected']:.2f}"}
-        cells.append(row | {"measured": measured, "on": on, "verdict": claim["verdict"]})
+        cells.append(row | {"measured": measured, "on": on, "verdict": in_words(claim)})
     return pandas.DataFrame(cells, dtype=object)
