@@ -13,6 +13,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    del machine_info["node"]  # a host's name says nothing about its speed
     machine_info["vitzoo"] = surroundings()
 
 

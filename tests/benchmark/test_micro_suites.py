@@ -54,6 +54,7 @@ def test_the_suite_runs_and_records_the_machine(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(path.read_text())
     assert {"isa", "versions"} <= set(found["machine_info"]["vitzoo"])
+    assert "node" not in found["machine_info"]
     timed = {
         (b["extra_info"].get("operator") or b["extra_info"]["layer"], b["extra_info"]["pass"])
         for b in found["benchmarks"]
