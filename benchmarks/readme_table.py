@@ -16,10 +16,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import pandas
-
-from vitzoo.benchmark.claims import in_words
-from vitzoo.benchmark.results import Results, Row, read_results
+from vitzoo.benchmark.results import Results, read_results
+from vitzoo.benchmark.view import claims_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -39,26 +37,11 @@ def block(file: str, root: Path = ROOT) -> str:
             f"{path} is not a full run of a suite with claims: vitzoo bench --suite headlines -o FILE"
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    table = pandas.DataFrame([_cells(claim) for claim in found.claims]).to_markdown(
-        index=False, disable_numparse=True
-    )
+    frame = claims_table(found.claims)
+    frame.insert(1, "source", [claim["source"] for claim in found.claims])
+    table = frame.to_markdown(index=False, disable_numparse=True)
     start = f"<!-- headlines of {file} sha256 {digest}: `make readme-table` -->"
     return f"{start}\n{table}\n\n{_where(found, file)}\n<!-- end of headlines -->\n"
-
-
-def _cells(claim: Row) -> dict[str, str]:
-    if claim["measured"] is None:
-        measured = claim["reason"]
-    else:
-        interval = "" if claim["low"] is None else f" ({claim['low']:.2f} to {claim['high']:.2f})"
-        measured = f"{claim['measured']:.2f}{interval}"
-    return {
-        "claim": claim["text"],
-        "source": claim["source"],
-        "claimed": f"{claim['expected']:.2f}",
-        "measured": measured,
-        "verdict": in_words(claim),
-    }
 
 
 def _where(found: Results, file: str) -> str:
@@ -66,10 +49,8 @@ def _where(found: Results, file: str) -> str:
     cpu, versions = machine["cpu"], machine["versions"]
     installed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "onnxruntime"))
     confidence = found.header["measure"]["confidence"]
-    threads = sorted({claim["threads"] for claim in found.claims})
     facts = [
         f"Measured on {cpu['model']} ({cpu['torch_capability']}), {cpu['usable_cores']} cores",
-        f"{' or '.join(map(str, threads))} threads",
         f"float32, {installed}, commit {machine['commit'][:7]}, {machine['time'][:10]}.",
     ]
     facts[-1] += f" Ratios of medians with {confidence:.0%} bootstrap intervals; memory has none."
