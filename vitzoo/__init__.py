@@ -20,9 +20,8 @@ from vitzoo.registry import CATEGORIES, UnknownModelError, list_models, model_in
 if TYPE_CHECKING:
     from vitzoo.benchmark.flops import count_flops
     from vitzoo.benchmark.run import benchmark
-    from vitzoo.deploy import export_quantized, validate
+    from vitzoo.deploy import export_quantized, quantize, validate
     from vitzoo.export import export_onnx
-    from vitzoo.quantization.api import quantize
     from vitzoo.quantization.convert import convert_int8
 
 __all__ = [
@@ -50,7 +49,7 @@ _LAZY = {
     "count_flops": "vitzoo.benchmark.flops",
     "export_onnx": "vitzoo.export",
     "export_quantized": "vitzoo.deploy",
-    "quantize": "vitzoo.quantization.api",
+    "quantize": "vitzoo.deploy",
     "validate": "vitzoo.deploy",
 }
 

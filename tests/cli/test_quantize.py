@@ -48,7 +48,8 @@ def test_a_folder_of_images_becomes_an_integer_file(photos: Path, tmp_path: Path
     assert found["skipped_images"] == 1
     assert found["calibration_images"] == 16
     assert found["images"] == 3
-    assert found["recipe"] == "w8a8_smooth"
+    assert found["recipe"] == "auto"
+    assert any(layer["why"] == "the fastest" for layer in found["layers"])
     assert 0.5 < found["coverage"] < 1
     assert 0 < found["logit_error"] < 0.2
     assert "1 images could not be read" in err

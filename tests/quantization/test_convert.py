@@ -30,6 +30,7 @@ RECIPES = {
     "reparam": Recipe("reparam", norm="channel", fit="percentile"),
     "products": Recipe("products", products=True),
     "reduced": Recipe("reduced", reduce_range=True),
+    "rounded": Recipe("rounded", bias_correction=True, rounding="least_squares"),
 }
 
 

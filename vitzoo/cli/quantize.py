@@ -32,7 +32,7 @@ from vitzoo.cli.common import (
 def quantize(
     model: Model,
     calibration: Annotated[Path, typer.Option(help="Folder of images, searched with its subfolders.")],
-    recipe: Annotated[str, typer.Option(help="A recipe of ours, or a TOML file.")] = "w8a8_smooth",
+    recipe: Annotated[str, typer.Option(help="A recipe of ours, or a TOML file.")] = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File; default MODEL_RECIPE.onnx.")
     ] = None,
@@ -67,8 +67,8 @@ def quantize(
     with explained(), progress_bar() as tell:
         from vitzoo.benchmark.models import input_size
         from vitzoo.deploy import Thresholds, export_quantized, this_machine
+        from vitzoo.deploy import quantize as quantized_by
         from vitzoo.export.files import write_text
-        from vitzoo.quantization.api import quantize as quantized_by
         from vitzoo.quantization.config import load_recipe
         from vitzoo.quantization.images import load_folder
 
@@ -85,7 +85,15 @@ def quantize(
             calibration, built, input_size(built, parse_img_size(img_size)), images, held_back
         )
         measure = sensitivity is not None
-        quantized = quantized_by(built, chosen, found.batches, progress=tell, measure_layers=measure)
+        quantized = quantized_by(
+            built,
+            chosen,
+            found.batches,
+            progress=tell,
+            measure_layers=measure,
+            target=goal,
+            threads=threads,
+        )
         if sensitivity is not None:
             report = {"model": model, "recipe": chosen.name, "logit_error": quantized.logit_error}
             report |= {"layers": [dataclasses.asdict(layer) for layer in quantized.layers]}
@@ -117,5 +125,9 @@ def quantize(
     result.pop("floating", None)
     print_table(model, ["field", "value"], [[k, v] for k, v in result.items()])
     if layers:
-        columns = [field.name for field in dataclasses.fields(quantized.layers[0])]
-        print_table("layers", columns, [[getattr(x, c) for c in columns] for x in quantized.layers])
+        columns = ["name", "kind", "mode", "bits", "macs", "sqnr_db", "logit_error", "smooth", "why"]
+        print_table("layers", columns, [[_shown(getattr(x, c)) for c in columns] for x in quantized.layers])
+
+
+def _shown(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value

@@ -2,6 +2,7 @@
 
 from vitzoo.benchmark.machine import this_machine
 from vitzoo.deploy.accuracy import Validation, validate
+from vitzoo.deploy.auto import quantize
 from vitzoo.deploy.coverage import Coverage, onnxruntime_coverage, torch_coverage
 from vitzoo.deploy.gate import Gate, GateError, Thresholds, export_quantized
 
@@ -13,6 +14,7 @@ __all__ = [
     "Validation",
     "export_quantized",
     "onnxruntime_coverage",
+    "quantize",
     "this_machine",
     "torch_coverage",
     "validate",

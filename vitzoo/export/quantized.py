@@ -33,7 +33,7 @@ def write_quantized(
         quantized: from `quantize`, by a recipe whose `runs_as_integers` is true.
         path: file to write, whole or not at all.
         model: the float model, for the notes in the file.
-        target: who will run it, one of `TARGETS`. For "x86-avx2" weights of the full int8 range become uint8.
+        target: who will run it, one of `TARGETS`. For "x86-avx2" weights with codes outside [-64, 63] become uint8.
         opset: ONNX operator set, 20 to 23.
 
     Returns:
@@ -49,8 +49,7 @@ def write_quantized(
     check_target(target)
     destination = Path(path)
     with scratch_folder(destination) as folder:
-        unsigned = target == "x86-avx2" and not quantized.recipe.reduce_range
-        graph = integer_graph(quantized, unsigned)
+        graph = integer_graph(quantized, unsigned_weights=target == "x86-avx2")
         size = quantized.input_size
         x = torch.zeros(2, *size)
         with torch.no_grad():
@@ -86,12 +85,16 @@ def check_target(target: str) -> None:
         raise ValueError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
 
 
-def translations() -> dict[Any, Callable[..., Any]]:
-    """Return operator -> translation, for torch.onnx.export."""
+def translations(op: Any = None) -> dict[Any, Callable[..., Any]]:
+    """Return operator -> translation.
+
+    Args:
+        op: what makes nodes, `op.MatMul(a, b)`; onnxscript's operator set, as torch.onnx.export takes it, if None.
+    """
     import onnx_ir as ir
     from onnxscript import opset20
 
-    op: Any = opset20  # its annotations know ONNX's own tensors only
+    op = opset20 if op is None else op
 
     def constant(value: Any, dtype: Any) -> Any:
         return op.Constant(value=ir.tensor(value, dtype=dtype))
@@ -115,6 +118,13 @@ def translations() -> dict[Any, Callable[..., Any]]:
         out = scaled(product, s, scale)
         return out if bias is None else op.Add(out, bias)
 
+    def dynamic_pointwise(x: Any, codes: Any, scale: Any, zero_point: int, bias: Any) -> Any:
+        q, s, z = op.DynamicQuantizeLinear(x)
+        channels_last = op.Transpose(q, perm=[0, 2, 3, 1])  # of codes: a quarter of the bytes
+        product = op.MatMulInteger(channels_last, codes, z, zero_points(codes, zero_point, 1))
+        out = scaled(product, s, scale)
+        return op.Transpose(out if bias is None else op.Add(out, bias), perm=[0, 3, 1, 2])
+
     def dynamic_product(a: Any, b: Any) -> Any:
         qa, sa, za = op.DynamicQuantizeLinear(a)
         qb, sb, zb = op.DynamicQuantizeLinear(b)
@@ -125,5 +135,6 @@ def translations() -> dict[Any, Callable[..., Any]]:
         operators.fake_quantize.default: fake_quantize,
         operators.dequantize.default: dequantize,
         operators.dynamic_linear.default: dynamic_linear,
+        operators.dynamic_pointwise.default: dynamic_pointwise,
         operators.dynamic_product.default: dynamic_product,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fnmatch
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from vitzoo.quantization import calibration, search
 from vitzoo.quantization.allocation import allocate
+from vitzoo.quantization.choice import FLOAT, Cost, choose, reason
 from vitzoo.quantization.config import Recipe
 from vitzoo.quantization.graph import (
     NormGroup,
@@ -25,9 +27,11 @@ from vitzoo.quantization.graph import (
     set_tensor,
     source,
 )
+from vitzoo.quantization.migration import migrate
 from vitzoo.quantization.quantizers import Log2, Quantizer, TwinGelu, TwinSoftmax, Uniform
 from vitzoo.quantization.relevance import contribution_scores
-from vitzoo.quantization.simulate import Simulator, SitePlan, simulated
+from vitzoo.quantization.rounding import input_products, mean_losses, round_weight
+from vitzoo.quantization.simulate import Simulator, SitePlan, add_to_bias, simulated
 from vitzoo.quantization.sweep import logit_errors
 from vitzoo.quantization.transforms import reparameterized, smoothing_scales
 
@@ -36,7 +40,16 @@ SAMPLE = 1 << 20
 SEARCH_IMAGES = 4
 SEARCH_ROWS = 1024
 SENSITIVITY_IMAGES = 8
+CHOICE_IMAGES = 4  # "auto" measures each layer several times; only the ratios of its errors matter
+# what "auto" leaves to integers at least, where the error budget lets it: the default of the gate
+LEAST_INTEGER_SHARE = 0.9
+
+# (graph, sites, one batch, site -> modes) -> site -> mode, "float" too -> milliseconds
+Clock = Callable[
+    [fx.GraphModule, Sequence[Site], Tensor, Mapping[str, Sequence[str]]], Mapping[str, Mapping[str, float]]
+]
 RELEVANCE_IMAGES = 8
+MEAN_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -47,10 +60,14 @@ class LayerReport:
         name: of the site.
         kind: "linear", "conv" or "product".
         bits: of weight and activation; None where it stays in floating point.
-        mode: "static", "dynamic" or "float".
+        mode: "static", "dynamic" or "float"; with " u8" behind it where weights take all of uint8 (see
+            `Recipe.reduce_range`).
         macs: an image.
         sqnr_db: signal to quantization noise of the site's output, in dB, this site alone quantized.
         logit_error: relative error of the logits, this site alone quantized; None if it was not measured.
+        smooth: alpha of the migration into the site's weight, None for none.
+        costs: what "auto" chose from: mode -> milliseconds and logit error.
+        why: why it chose this mode.
     """
 
     name: str
@@ -60,6 +77,9 @@ class LayerReport:
     macs: int
     sqnr_db: float | None = None
     logit_error: float | None = None
+    smooth: float | None = None
+    costs: Mapping[str, Cost] | None = None
+    why: str | None = None
 
 
 class QuantizedModel(nn.Module):
@@ -137,6 +157,7 @@ def quantize(
     filter_fn: Callable[[Site], bool] | None = None,
     progress: Callable[[str], None] | None = None,
     measure_layers: bool = False,
+    clock: Clock | None = None,
 ) -> QuantizedModel:
     """Quantize a model by a recipe.
 
@@ -147,14 +168,18 @@ def quantize(
         filter_fn: which sites may be quantized; default all.
         progress: called with a few words at the start of each step.
         measure_layers: measure the logit error of each layer alone, see `sensitivity`, also where no error budget asks.
+        clock: measures what each layer takes in each mode, for a recipe whose activations are "auto";
+            `vitzoo.quantize` gives one.
 
     Returns:
         A new model; layers that the recipe's error budget forbids stay in floating point and say so.
 
     Raises:
-        ValueError: no images, images of several sizes, or a recipe that finds nothing to quantize.
+        ValueError: no images, images of several sizes, a recipe that finds nothing to quantize, or "auto" without a
+            clock.
     """
-    return _Quantization(model, recipe, list(calibration_batches), filter_fn, progress).run(measure_layers)
+    call = _Quantization(model, recipe, list(calibration_batches), filter_fn, progress)
+    return call.run(measure_layers, clock)
 
 
 def sensitivity(
@@ -222,6 +247,7 @@ class _Quantization:
         self.nodes = {node.name: node for node in self.module.graph.nodes}
         self.by_name = {site.name: site for site in self.all_sites}
         self.bits = {site.name: self._bits(site) for site in self.sites}
+        self.alphas: dict[str, float] = {}
         with torch.inference_mode():
             self.logits = torch.cat([self.module(x) for x in batches])
 
@@ -236,7 +262,9 @@ class _Quantization:
         return self.recipe.first_last_bits if site.name in ends else self.recipe.weight_bits
 
     @torch.inference_mode()
-    def run(self, measure_layers: bool) -> QuantizedModel:
+    def run(self, measure_layers: bool, clock: Clock | None) -> QuantizedModel:
+        if self.recipe.activations == "auto":
+            return self._automatic(clock)
         plans = self._planned()
         self.tell("measure each layer")
         layers, plans = self._choose(plans, measure_layers)
@@ -250,7 +278,107 @@ class _Quantization:
             self.tell("weigh layers by relevance")
             self._allocate()
         self.tell("fit quantizers")
-        return self._fit(fixed)
+        plans = self._fit(fixed)
+        improved = self._improved({name: {"": plan} for name, plan in plans.items()})
+        return {name: found[""] for name, found in improved.items()}
+
+    def _automatic(self, clock: Clock | None) -> QuantizedModel:
+        """Choose each site's mode by its measured time and error."""
+        recipe = self.recipe
+        if clock is None:
+            raise ValueError(
+                f"recipe {recipe.name!r} chooses by the time of each layer: call vitzoo.quantize, which measures it in "
+                "ONNX Runtime, or give a clock"
+            )
+        assert recipe.error_budget is not None
+        fixed = self._transform()
+        self.tell("fit quantizers")
+        options = self._improved(
+            {name: self._options(self.by_name[name], plan) for name, plan in self._fit(fixed).items()}
+        )
+        self.tell("time each layer in each mode")
+        times = clock(self.module, self.sites, self.batches[0], {name: [*o] for name, o in options.items()})
+        self.tell("measure each layer in each mode")
+        first = torch.cat(self.batches)[:CHOICE_IMAGES].split(len(self.batches[0]))
+        errors = logit_errors(self.module, self.sites, options, first)
+        costs = {
+            name: {
+                mode: Cost(ms, errors[name][mode] if mode != FLOAT else 0.0)
+                for mode, ms in times[name].items()
+            }
+            for name in options
+        }
+        self.tell("choose under the error budget")
+        macs = {site.name: site.macs for site in self.all_sites}
+        chosen = choose(
+            costs,
+            recipe.error_budget,
+            lambda choice: self._error(_plans_of(options, choice)),
+            macs,
+            round(LEAST_INTEGER_SHARE * sum(macs.values())),
+        )
+        plans = _plans_of(options, chosen)
+        noise, alone = self._noise(plans), _errors_of(errors, chosen)
+        layers = []
+        for site in self.all_sites:
+            report = self._report(site, plans, noise, alone)
+            if site.name in costs:
+                why = reason(costs[site.name], chosen[site.name])
+                report = dataclasses.replace(report, costs=costs[site.name], why=why)
+            layers.append(report)
+        return QuantizedModel(recipe, self.module, self.all_sites, plans, layers, self._error(plans))
+
+    def _options(self, site: Site, static: SitePlan) -> dict[str, SitePlan]:
+        """Return the modes of a site that runtimes run in integers."""
+        found = {"static": static}
+        if site.kind != "conv" or site.pointwise:
+            operands = tuple(dynamic_placeholder(8) for _ in site.operands)
+            found["dynamic"] = SitePlan(operands, static.weight, dynamic=True)
+        if self.recipe.reduce_range and site.weight is not None:
+            whole = self._symmetric_weight(site, 8)
+            found |= {f"{mode} u8": dataclasses.replace(plan, weight=whole) for mode, plan in found.items()}
+        return found
+
+    def _improved(self, options: dict[str, dict[str, SitePlan]]) -> dict[str, dict[str, SitePlan]]:
+        """Round weights and correct biases as the recipe says."""
+        if self.recipe.rounding == "least_squares":
+            self.tell("round weights by least squares")
+            options = self._rounded(options)
+        if self.recipe.bias_correction:
+            self.tell("correct biases")
+            weighted = {
+                name: found for name, found in options.items() if self.by_name[name].weight is not None
+            }
+            first = torch.cat(self.batches)[:MEAN_IMAGES].split(len(self.batches[0]))
+            losses = mean_losses(self.module, self.sites, weighted, first)
+            options = {
+                name: {
+                    mode: dataclasses.replace(plan, bias=losses[name][mode]) if name in losses else plan
+                    for mode, plan in found.items()
+                }
+                for name, found in options.items()
+            }
+        return options
+
+    def _rounded(self, options: dict[str, dict[str, SitePlan]]) -> dict[str, dict[str, SitePlan]]:
+        first = {name: next(iter(found.values())) for name, found in options.items()}
+        products = input_products(self.module, self.sites, first, self.batches)
+        rounded: dict[str, dict[str, SitePlan]] = {}
+        for name, found in options.items():
+            if name not in products:
+                rounded[name] = found
+                continue
+            values: dict[int, Tensor] = {}  # by the width of the weight, which modes share
+            for plan in found.values():
+                assert plan.weight is not None
+                if plan.weight.qmax not in values:
+                    weight = get_tensor(self.module, str(self.by_name[name].weight))
+                    values[plan.weight.qmax] = round_weight(weight, plan.weight, products[name])
+            rounded[name] = {
+                mode: dataclasses.replace(plan, rounded=values[plan.weight.qmax])  # type: ignore[union-attr]
+                for mode, plan in found.items()
+            }
+        return rounded
 
     @torch.inference_mode()
     def sensitivity(self, images: int) -> tuple[LayerReport, ...]:
@@ -271,12 +399,16 @@ class _Quantization:
         return found
 
     def _transform(self) -> dict[str, Uniform]:
-        """Move scales between LayerNorms and their readers; return the quantizers this fixes, by norm node."""
+        """Move scales out of the activations; return the quantizers this fixes, by norm node."""
+        if self.recipe.smooth == "auto":
+            self.tell("move scales out of the activations where it helps")
+            bits = 7 if self.recipe.reduce_range else self.recipe.weight_bits
+            self.alphas = migrate(self.module, self.sites, self.batches, bits)
         groups = norm_groups(self.module, self.sites)
         if not groups or (self.recipe.smooth is None and self.recipe.norm != "channel"):
             return {}
         self.tell("move scales out of the activations")
-        if self.recipe.smooth is not None:
+        if self.recipe.smooth is not None and self.recipe.smooth != "auto":
             seen = self._record([group.norm for group in groups])
             for group in groups:
                 self._smooth(group, seen[group.norm])
@@ -291,13 +423,14 @@ class _Quantization:
 
     def _smooth(self, group: NormGroup, seen: _Samples) -> None:
         assert seen.channel_max is not None
-        assert self.recipe.smooth is not None
+        assert isinstance(self.recipe.smooth, float | int)
         readers = self._readers(group)
         scales = smoothing_scales(seen.channel_max, [weight for _, weight in readers], self.recipe.smooth)
         for name in (group.weight, group.bias):
             set_tensor(self.module, name, get_tensor(self.module, name) / scales)
         for site, weight in readers:
             set_tensor(self.module, str(site.weight), weight * scales)
+            self.alphas[site.name] = self.recipe.smooth
 
     def _reparameterize(self, group: NormGroup, values: Tensor) -> Uniform:
         channels = calibration.fit_percentile(values, self.recipe.activation_bits, 1)
@@ -307,22 +440,9 @@ class _Quantization:
         set_tensor(self.module, group.bias, moved.norm_bias)
         for site, matrix in self._readers(group):
             set_tensor(self.module, str(site.weight), matrix * moved.ratio)
-            self._add_to_bias(site, (matrix * moved.ratio) @ moved.shift)
-        return moved.quantizer
-
-    def _add_to_bias(self, site: Site, value: Tensor) -> None:
-        node = self.nodes[site.node]
-        arguments = list(node.args)
-        if len(arguments) > 2 and arguments[2] is not None:
-            name = str(arguments[2].target)
-            set_tensor(self.module, name, get_tensor(self.module, name) + value)
-            return
-        name = f"{str(site.weight).removesuffix('weight')}moved_bias"
-        set_tensor(self.module, name, value)
-        with self.module.graph.inserting_before(node):
-            arguments[2:3] = [self.module.graph.get_attr(name)]
-        node.args = tuple(arguments)
+            add_to_bias(self.module, self.nodes[site.node], site, (matrix * moved.ratio) @ moved.shift)
         self.module.recompile()
+        return moved.quantizer
 
     # quantizers -------------------------------------------------------------------------------------------------
 
@@ -394,9 +514,11 @@ class _Quantization:
             bits = 7
         if self.recipe.fit == "percentile" and not self.recipe.runs_as_integers:
             return calibration.fit_percentile(weight, bits, 0)
-        rows = weight.flatten(1)
-        shape = (-1, *[1] * (weight.ndim - 1))
-        bound = rows.abs().amax(1).reshape(shape)
+        return self._symmetric_weight(site, bits)
+
+    def _symmetric_weight(self, site: Site, bits: int) -> Uniform:
+        weight = get_tensor(self.module, str(site.weight))
+        bound = weight.flatten(1).abs().amax(1).reshape(-1, *[1] * (weight.ndim - 1))
         return calibration.symmetric(bound, bits)
 
     def _searched(self) -> dict[str, SitePlan]:
@@ -495,7 +617,14 @@ class _Quantization:
         errors: Mapping[str, float],
     ) -> LayerReport:
         plan = plans.get(site.name)
-        mode = "float" if plan is None else "dynamic" if plan.dynamic else "static"
+        mode = FLOAT if plan is None else "dynamic" if plan.dynamic else "static"
+        if (
+            plan is not None
+            and self.recipe.reduce_range
+            and plan.weight is not None
+            and plan.weight.qmax > 63
+        ):
+            mode += " u8"
         return LayerReport(
             site.name,
             site.kind,
@@ -504,6 +633,7 @@ class _Quantization:
             site.macs,
             noise.get(site.name),
             errors.get(site.name),
+            self.alphas.get(site.name),
         )
 
     def _allocate(self) -> None:
@@ -544,6 +674,16 @@ def dynamic_placeholder(bits: int) -> Uniform:
 def relative_error(x: Tensor, quantizer: Quantizer) -> float:
     """Return the squared error of a quantizer relative to the square of what it quantizes."""
     return float((x - quantizer(x)).square().sum() / x.square().sum())
+
+
+def _plans_of(
+    options: Mapping[str, Mapping[str, SitePlan]], choice: Mapping[str, str]
+) -> dict[str, SitePlan]:
+    return {name: options[name][mode] for name, mode in choice.items() if mode != FLOAT}
+
+
+def _errors_of(errors: Mapping[str, Mapping[str, float]], choice: Mapping[str, str]) -> dict[str, float]:
+    return {name: errors[name].get(mode, 0.0) for name, mode in choice.items()}
 
 
 def _every(site: Site) -> bool:

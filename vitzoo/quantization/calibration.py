@@ -17,7 +17,7 @@ from vitzoo.quantization.quantizers import LogSqrt2, Quantizer, Uniform
 
 Q = TypeVar("Q", bound=Quantizer)
 PERCENTILES = (0.999, 0.9999, 0.99999)
-_COMPARED = 1 << 18  # values that candidates for a range are compared on
+_COMPARED = 1 << 16  # values that candidates for a range are compared on
 _SMALLEST = torch.finfo(torch.float32).eps  # the least scale FQ-ViT allows
 
 

@@ -16,7 +16,8 @@ FITS = ("minmax", "percentile", "mse", "search")
 SOFTMAX = ("uniform", "log2", "log_sqrt2", "twin")
 GELU = ("uniform", "twin")
 NORM = ("tensor", "channel", "power_of_two")
-ACTIVATIONS = ("static", "dynamic")
+ACTIVATIONS = ("static", "dynamic", "auto")
+ROUNDING = ("nearest", "least_squares")
 COSTS = ("size", "bitops")
 
 
@@ -32,7 +33,9 @@ class Recipe:
         reduce_range: 8-bit weights keep to [-64, 63]: sums of two u8 x s8 products then fit the 16 bits that CPUs with
             AVX2 and without VNNI give them, where the full range saturates silently.
         activations: "static" scales from calibration, or "dynamic", found for each call; convolutions stay static,
-            since runtimes run dynamic ones slower than float.
+            since runtimes run dynamic ones slower than float. "auto": each layer static, dynamic or in floating point,
+            whichever takes the least time as measured, under the error budget, which it needs; pointwise convolutions
+            may become dynamic there, as products of matrices.
         fit: how a static scale is found: "minmax", "percentile" (RepQ-ViT's three, least squared error), "mse" (the
             extremes shrunk to the least squared error), "search" (PTQ4ViT's, against the product's output).
         products: quantize the products of attention too.
@@ -40,7 +43,10 @@ class Recipe:
         gelu: quantizer of GELU's output.
         norm: quantizer of a LayerNorm's output: one scale a "tensor"; a scale a "channel", moved into the weights
             afterwards (RepQ-ViT); "power_of_two" factors (FQ-ViT).
-        smooth: SmoothQuant's alpha, None for none.
+        smooth: SmoothQuant's alpha, None for none; "auto" takes for each group of channels the alpha that leaves the
+            least error, or none, and moves scales between convolutions too.
+        bias_correction: add to each layer's bias what quantization takes from the mean of its output.
+        rounding: of weights, to the "nearest" code, or by "least_squares" on the layer's output (GPTQ).
         first_last_bits: width of the first convolution and the classifier.
         mixed_bits: widths to choose from, layer by layer, by relevance; () for none.
         average_bits: what they may cost on average, of `mixed_cost`.
@@ -64,7 +70,9 @@ class Recipe:
     softmax: str = "uniform"
     gelu: str = "uniform"
     norm: str = "tensor"
-    smooth: float | None = None
+    smooth: float | str | None = None
+    bias_correction: bool = False
+    rounding: str = "nearest"
     first_last_bits: int = 8
     mixed_bits: tuple[int, ...] = ()
     average_bits: float | None = None
@@ -84,11 +92,18 @@ class Recipe:
             ("gelu", GELU),
             ("norm", NORM),
             ("mixed_cost", COSTS),
+            ("rounding", ROUNDING),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}, expected one of {', '.join(allowed)}")
-        if self.smooth is not None and not 0 <= self.smooth <= 1:
-            raise ValueError(f"smooth is {self.smooth}, expected 0 to 1")
+        if isinstance(self.smooth, str) and self.smooth != "auto":
+            raise ValueError(f"smooth is {self.smooth!r}, expected 0 to 1, or 'auto'")
+        if isinstance(self.smooth, float | int) and not 0 <= self.smooth <= 1:
+            raise ValueError(f"smooth is {self.smooth}, expected 0 to 1, or 'auto'")
+        if self.activations == "auto" and self.error_budget is None:
+            raise ValueError("activations 'auto' needs an error_budget: the relative logit error allowed")
+        if self.activations == "auto" and not self.runs_as_integers:
+            raise ValueError("activations 'auto' chooses what runtimes run: uniform quantizers of 8 bits")
         if self.error_budget is not None and not self.error_budget > 0:
             raise ValueError(f"error_budget is {self.error_budget}, expected a positive relative error")
         if bool(self.mixed_bits) != (self.average_bits is not None):

@@ -224,11 +224,10 @@ class _Conversion:
         assert isinstance(quantizer, Uniform)
         assert weight_quantizer is not None
         weight = get_tensor(self.module, str(site.weight)).detach()
-        bias = node.args[2] if len(node.args) > 2 else None
         layer = Int8Linear(
-            weight_quantizer.codes(weight).to(torch.int8),
+            plan.weight_codes(weight).to(torch.int8),
             weight_quantizer.scale.flatten(),
-            None if bias is None else get_tensor(self.module, str(bias.target)),
+            self._bias(node, plan),
             None if plan.dynamic else quantizer.scale.reshape(()),
             None if plan.dynamic else unsigned(quantizer.zero_point),
         )
@@ -241,6 +240,13 @@ class _Conversion:
         node.replace_all_uses_with(call)
         self.graph.erase_node(node)
         self.built[call], self.paths[site.name] = layer, name
+
+    def _bias(self, node: fx.Node, plan: SitePlan) -> Tensor | None:
+        bias: Any = node.args[2] if len(node.args) > 2 else None
+        if bias is None:
+            return plan.bias
+        value = get_tensor(self.module, str(bias.target))
+        return value if plan.bias is None else value + plan.bias
 
     def _name(self, site: Site, node: fx.Node) -> str:
         """Return the layer's own name, or another if something else still reads what is stored under it."""

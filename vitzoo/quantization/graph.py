@@ -51,6 +51,7 @@ class Site:
         weight: name of the weight, None for a product of activations.
         macs: multiply-accumulates an image.
         result: name of the node that holds the output: `node`, or the ReLU that alone reads it.
+        pointwise: a convolution that is a linear layer of the channels: 1 x 1, one group, no stride or padding.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Site:
     weight: str | None
     macs: int
     result: str
+    pointwise: bool = False
 
 
 @contextlib.contextmanager
@@ -229,6 +231,17 @@ def find_sites(module: fx.GraphModule) -> list[Site]:
     return sites
 
 
+def convolution_arguments(node: Any) -> tuple[Any, ...]:
+    """Return input, weight, bias, stride, padding, dilation and groups of a convolution, defaults filled in."""
+    defaults = (None, None, None, [1, 1], [0, 0], [1, 1], 1)
+    return (*node.args, *defaults[len(node.args) :])
+
+
+def _pointwise(node: Any, weight: Tensor) -> bool:
+    _, _, _, stride, padding, _, groups = convolution_arguments(node)
+    return tuple(weight.shape[2:]) == (1, 1) and groups == 1 and {*stride} == {1} and {*padding} == {0}
+
+
 def _result(node: Any) -> str:
     users = [*node.users]
     rectified = len(users) == 1 and users[0].target in (aten.relu.default, aten.relu_.default)
@@ -245,7 +258,15 @@ def _site(module: fx.GraphModule, node: Any) -> Site | None:
         name = str(weight_node.target)
         macs = _macs(node, math.prod(weight.shape[1:]))
         return Site(
-            name.removesuffix(".weight"), kind, node.name, (x.name,), (origin(x),), name, macs, _result(node)
+            name.removesuffix(".weight"),
+            kind,
+            node.name,
+            (x.name,),
+            (origin(x),),
+            name,
+            macs,
+            _result(node),
+            kind == "conv" and _pointwise(node, weight),
         )
     if node.target in (aten.matmul.default, aten.bmm.default):
         a, b = node.args

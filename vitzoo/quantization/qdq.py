@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from vitzoo.quantization.api import QuantizedModel
-from vitzoo.quantization.graph import Site, get_tensor, tidy
+from vitzoo.quantization.graph import Site, convolution_arguments, get_tensor, tidy
 from vitzoo.quantization.quantizers import Quantizer, Uniform
 from vitzoo.quantization.simulate import SitePlan, dynamic_range
 
@@ -57,6 +57,21 @@ def _(x: Tensor, codes: Tensor, scale: Tensor, zero_point: int, bias: Tensor | N
     return x.new_empty(*x.shape[:-1], codes.shape[1])
 
 
+@torch.library.custom_op("vitzoo_qdq::dynamic_pointwise", mutates_args=())
+def dynamic_pointwise(
+    x: Tensor, codes: Tensor, scale: Tensor, zero_point: int, bias: Tensor | None
+) -> Tensor:
+    """Return the 1 x 1 convolution of x (B, C, H, W) as a product of its channels, otherwise as `dynamic_linear`."""
+    weight = (codes.to(scale.dtype) - zero_point) * scale
+    out = dynamic_range(x)(x).permute(0, 2, 3, 1) @ weight
+    return (out if bias is None else out + bias).permute(0, 3, 1, 2).contiguous()
+
+
+@dynamic_pointwise.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, zero_point: int, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[1], *x.shape[2:])
+
+
 @torch.library.custom_op("vitzoo_qdq::dynamic_product", mutates_args=())
 def dynamic_product(a: Tensor, b: Tensor) -> Tensor:
     """Return a b, each quantized with a scale of its own."""
@@ -73,8 +88,8 @@ def integer_graph(quantized: QuantizedModel, unsigned_weights: bool = False) -> 
 
     Args:
         quantized: from `quantize`, by a recipe whose `runs_as_integers` is true.
-        unsigned_weights: hold weights as uint8 with zero point 128 instead of int8: the same values, and u8 x u8
-            products, which no CPU saturates.
+        unsigned_weights: hold weights with codes outside [-64, 63] as uint8 with zero point 128 instead of int8: the
+            same values, and u8 x u8 products, which no CPU saturates.
 
     Raises:
         ValueError: the recipe has widths or quantizers that no runtime executes.
@@ -93,7 +108,7 @@ class _Builder:
 
     def __init__(self, quantized: QuantizedModel, unsigned_weights: bool) -> None:
         self.quantized = quantized
-        self.zero_point = 128 if unsigned_weights else 0
+        self.unsigned = unsigned_weights
         self.module = copy.deepcopy(quantized.float_graph)
         self.graph = self.module.graph
         self.shared: dict[tuple[str, float, int], fx.Node] = {}
@@ -144,38 +159,58 @@ class _Builder:
         self.module.register_buffer(flat, value.contiguous())
         return self.graph.get_attr(flat)
 
-    def _weight(self, site: Site, plan: SitePlan, transpose: bool) -> tuple[fx.Node, fx.Node]:
-        """Return the nodes of a weight's codes and scales."""
-        quantizer = plan.weight
-        assert quantizer is not None
+    def _weight(self, site: Site, plan: SitePlan, transpose: bool) -> tuple[fx.Node, fx.Node, int]:
+        """Return the nodes of a weight's codes and scales, and the zero point."""
+        assert plan.weight is not None
         weight = get_tensor(self.quantized.float_graph, str(site.weight)).detach()
-        codes = quantizer.codes(weight) + self.zero_point
-        codes = codes.to(torch.uint8 if self.zero_point else torch.int8)
-        codes_node = self._constant(f"{site.weight}_codes", codes.t() if transpose else codes)
-        return codes_node, self._constant(f"{site.weight}_scale", quantizer.scale.flatten())
+        zero_point = 128 if self.unsigned and plan.weight.qmax > 63 else 0
+        codes = plan.weight_codes(weight) + zero_point
+        codes = codes.to(torch.uint8 if zero_point else torch.int8)
+        codes_node = self._constant(f"{site.weight}_codes", codes.flatten(1).t() if transpose else codes)
+        scale_node = self._constant(f"{site.weight}_scale", plan.weight.scale.flatten())
+        return codes_node, scale_node, zero_point
+
+    def _corrected(self, site: Site, plan: SitePlan, bias: Any) -> Any:
+        """Return the node of the bias with the plan's correction."""
+        if plan.bias is None:
+            return bias
+        value = plan.bias
+        if isinstance(bias, fx.Node):
+            value = value + get_tensor(self.quantized.float_graph, str(bias.target)).detach()
+        return self._constant(f"{site.node}_corrected_bias", value)
 
     def _linear(self, site: Site, plan: SitePlan, node: fx.Node) -> fx.Node:
         x, _, *rest = node.args
         assert isinstance(x, fx.Node)
-        bias = rest[0] if rest else None
-        codes, scale = self._weight(site, plan, transpose=True)
+        bias = self._corrected(site, plan, rest[0] if rest else None)
+        codes, scale, zero_point = self._weight(site, plan, transpose=True)
         if plan.dynamic:
             operator = torch.ops.vitzoo_qdq.dynamic_linear.default
-            return self._call(operator, x, codes, scale, self.zero_point, bias)
-        weight = self._call(torch.ops.vitzoo_qdq.dequantize.default, codes, scale, 1, self.zero_point)
-        product = self._call(aten.matmul.default, self._quantized(x, plan.operands[0]), weight)
+            return self._call(operator, x, codes, scale, zero_point, bias)
+        weight = self._call(torch.ops.vitzoo_qdq.dequantize.default, codes, scale, 1, zero_point)
+        quantizer = plan.operands[0]
+        quantized = self._quantized(x, quantizer)
+        if isinstance(bias, fx.Node) and node.meta["val"].ndim == 2:
+            # ONNX Runtime makes a float Gemm of such a sum before it looks for integers; this one it runs in them
+            assert isinstance(quantizer, Uniform)
+            assert plan.weight is not None
+            steps = quantizer.scale * plan.weight.scale.flatten()
+            return self._call(aten.addmm.default, self._bias(site, bias, steps), quantized, weight)
+        product = self._call(aten.matmul.default, quantized, weight)
         return product if bias is None else self._call(aten.add.Tensor, product, bias)
 
     def _conv(self, site: Site, plan: SitePlan, node: fx.Node) -> fx.Node:
-        defaults = [None, None, None, [1, 1], [0, 0], [1, 1], 1]
-        filled: list[Any] = [*node.args, *defaults[len(node.args) :]]
-        x, _, bias, stride, padding, dilation, groups = filled
-        assert isinstance(x, fx.Node)
-        codes, scale = self._weight(site, plan, transpose=False)
+        x, _, bias, stride, padding, dilation, groups = convolution_arguments(node)
+        bias = self._corrected(site, plan, bias)
+        if plan.dynamic:
+            codes, scale, zero_point = self._weight(site, plan, transpose=True)
+            operator = torch.ops.vitzoo_qdq.dynamic_pointwise.default
+            return self._call(operator, x, codes, scale, zero_point, bias)
+        codes, scale, zero_point = self._weight(site, plan, transpose=False)
         quantizer = plan.operands[0]
         assert isinstance(quantizer, Uniform)
         assert plan.weight is not None
-        weight = self._call(torch.ops.vitzoo_qdq.dequantize.default, codes, scale, 0, self.zero_point)
+        weight = self._call(torch.ops.vitzoo_qdq.dequantize.default, codes, scale, 0, zero_point)
         if isinstance(bias, fx.Node):
             bias = self._bias(site, bias, quantizer.scale * plan.weight.scale.flatten())
         quantized = self._quantized(x, quantizer)
@@ -183,7 +218,7 @@ class _Builder:
 
     def _bias(self, site: Site, node: fx.Node, scale: Tensor) -> fx.Node:
         """Return the bias in int32 steps of the accumulator, what an integer convolution adds."""
-        values = get_tensor(self.quantized.float_graph, str(node.target)).detach()
+        values = get_tensor(self.module, str(node.target)).detach()
         limit = 2**31 - 1
         codes = torch.round(values.double() / scale.double()).clamp(-limit, limit).to(torch.int32)
         name = f"{site.weight}_bias"

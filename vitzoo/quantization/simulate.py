@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from vitzoo.quantization.graph import Site, set_tensor
+from vitzoo.quantization.graph import Site, get_tensor, set_tensor
 from vitzoo.quantization.quantizers import Quantizer, Uniform
 
 
@@ -25,12 +25,31 @@ class SitePlan:
         dynamic: fit the activation's scale anew for each call, to its extremes; `operands` then gives the width.
         output: the quantizer of a convolution's output, which integer convolutions write as codes; a ReLU that alone
             reads it is part of it, since its codes begin at zero.
+        rounded: the weight on the grid of its quantizer where it is not rounded to the nearest code.
+        bias: added to the output, one value a channel: what quantization takes from its mean.
     """
 
     operands: tuple[Quantizer | None, ...]
     weight: Uniform | None = None
     dynamic: bool = False
     output: Quantizer | None = None
+    rounded: Tensor | None = None
+    bias: Tensor | None = None
+
+    def weight_codes(self, weight: Tensor) -> Tensor:
+        """Return the codes of the site's weight, whole numbers in its dtype."""
+        assert self.weight is not None
+        return self.weight.codes(weight if self.rounded is None else self.rounded)
+
+    def quantized_weight(self, weight: Tensor) -> Tensor:
+        """Return the site's weight as its codes hold it."""
+        assert self.weight is not None
+        return self.weight.dequantize(self.weight_codes(weight))
+
+
+def along_channels(values: Tensor, site: Site) -> Tensor:
+    """Return one value a channel in a shape that broadcasts against a site's output."""
+    return values[:, None, None] if site.kind == "conv" else values
 
 
 def dynamic_range(x: Tensor, qmin: int = 0, qmax: int = 255) -> Uniform:
@@ -93,16 +112,23 @@ class Simulator(fx.Interpreter):
         self, site: Site, plan: SitePlan, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """Return a site's output by quantized operands."""
+        out = self.product(site, plan, target, args, kwargs)
+        return out if plan.output is None else plan.output(out)
+
+    def product(
+        self, site: Site, plan: SitePlan, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Return a site's output by quantized operands before it is itself quantized."""
         changed = list(args)
         for i in range(len(site.operands)):
             changed[i] = quantize_operand(plan, i, changed[i])
         if site.weight is not None and plan.weight is not None:
             key = site.name, id(plan)
             if key not in self.weights:
-                self.weights[key] = plan.weight(changed[1])
+                self.weights[key] = plan.quantized_weight(changed[1])
             changed[1] = self.weights[key]
         out = super().call_function(target, tuple(changed), kwargs)
-        return out if plan.output is None else plan.output(out)
+        return out if plan.bias is None else out + along_channels(plan.bias, site)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node of the graph."""
@@ -189,6 +215,19 @@ def _quantize_site(module: fx.GraphModule, node: fx.Node, site: Site, plan: Site
             quantized = module.graph.call_module(name, (node,))
         node.replace_all_uses_with(quantized, lambda user: user is not quantized)
     if site.weight is not None and plan.weight is not None:
-        owner, _, leaf = site.weight.rpartition(".")
-        weight = getattr(module.get_submodule(owner), leaf)
-        set_tensor(module, site.weight, plan.weight(weight.detach()))
+        set_tensor(module, site.weight, plan.quantized_weight(get_tensor(module, site.weight).detach()))
+        if plan.bias is not None:
+            add_to_bias(module, node, site, plan.bias)
+
+
+def add_to_bias(module: fx.GraphModule, node: fx.Node, site: Site, value: Tensor) -> None:
+    """Add to the bias of a linear layer or convolution of a graph; one without a bias gets it."""
+    arguments = list(node.args)
+    bias = arguments[2] if len(arguments) > 2 else None
+    if isinstance(bias, fx.Node):
+        value = get_tensor(module, str(bias.target)).detach() + value
+    name = f"{str(site.weight).removesuffix('weight')}{node.name}_bias"
+    set_tensor(module, name, value)
+    with module.graph.inserting_before(node):
+        arguments[2:3] = [module.graph.get_attr(name)]
+    node.args = tuple(arguments)

@@ -1,0 +1,137 @@
+"""Which way each layer is quantized: the fastest whose errors together stay within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one way of running a layer costs.
+
+    Attributes:
+        ms: time of the layer for a batch.
+        logit_error: relative error of the logits, this layer alone quantized.
+    """
+
+    ms: float
+    logit_error: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change of one layer to an option of less error and more time.
+
+    Attributes:
+        layer: which.
+        option: what it changes to.
+        price: milliseconds a unit of squared error that it takes away.
+    """
+
+    layer: str
+    option: str
+    price: float
+
+
+def choose(
+    costs: Mapping[str, Mapping[str, Cost]],
+    budget: float,
+    error_of: Callable[[Mapping[str, str]], float],
+    macs: Mapping[str, int],
+    least_integer_macs: int = 0,
+) -> dict[str, str]:
+    """Return an option for each layer: the least time whose error holds the budget.
+
+    Errors of layers add up as squares, nearly, so the best choices are those that minimise time + price x squared error
+    at some price: from the fastest options on, steps to options of less error are taken in the order of their price.
+    How many is decided by the error that the whole network is measured to have. Where the fastest options leave too
+    few products to integers, those in floating point that lose the least time a product become integers first.
+
+    Args:
+        costs: layer -> option -> cost; each layer has the option `FLOAT`, whose error is 0.
+        budget: relative logit error that all layers together may have.
+        error_of: the measured error of a choice.
+        macs: multiply-accumulates of each layer.
+        least_integer_macs: how many are to be integers, unless the budget forbids it.
+
+    Returns:
+        layer -> option. The same measurements give the same choice; of equal options the first wins.
+    """
+    chosen = {layer: min(options, key=lambda o: options[o].ms) for layer, options in costs.items()}
+    for layer, option in _to_integers(costs, chosen, macs, least_integer_macs):
+        chosen[layer] = option
+    steps = sorted(
+        (step for layer in costs for step in _steps(layer, costs[layer], chosen[layer])),
+        key=lambda step: step.price,
+    )
+
+    def after(count: int) -> dict[str, str]:
+        return chosen | {step.layer: step.option for step in steps[:count]}
+
+    low, high = -1, len(steps)  # the last choice has no error; the least number that holds lies above low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if error_of(after(middle)) <= budget else (middle, high)
+    return after(high)
+
+
+def _to_integers(
+    costs: Mapping[str, Mapping[str, Cost]],
+    chosen: Mapping[str, str],
+    macs: Mapping[str, int],
+    least: int,
+) -> list[tuple[str, str]]:
+    """Return (layer, option) of the layers that have to leave floating point, the cheapest a product first."""
+    missing = least - sum(macs[layer] for layer, option in chosen.items() if option != FLOAT)
+    candidates = []
+    for layer, option in chosen.items():
+        integers = {name: cost for name, cost in costs[layer].items() if name != FLOAT}
+        if option == FLOAT and integers:
+            best = min(integers, key=lambda name: integers[name].ms)
+            candidates.append(((integers[best].ms - costs[layer][FLOAT].ms) / macs[layer], layer, best))
+    found = []
+    for _, layer, option in sorted(candidates, key=lambda c: c[0]):
+        if missing <= 0:
+            break
+        found.append((layer, option))
+        missing -= macs[layer]
+    return found
+
+
+def _steps(layer: str, options: Mapping[str, Cost], start: str) -> list[Step]:
+    """Return the steps along the lower convex hull of time over squared error, from an option on."""
+    steps: list[Step] = []
+    now = start
+    while True:
+        here = options[now]
+        best: tuple[float, float, str] | None = None
+        for name, cost in options.items():
+            saved = here.logit_error**2 - cost.logit_error**2
+            if saved <= 0:
+                continue
+            candidate = (max(0.0, cost.ms - here.ms) / saved, cost.logit_error, name)
+            best = candidate if best is None or candidate[:2] < best[:2] else best
+        if best is None:
+            return steps
+        price = max(best[0], steps[-1].price if steps else 0.0)
+        steps.append(Step(layer, best[2], price))
+        now = best[2]
+
+
+def reason(costs: Mapping[str, Cost], option: str) -> str:
+    """Return in words why an option was chosen over the fastest one."""
+    fastest = min(costs, key=lambda name: costs[name].ms)
+    if option == fastest:
+        return "the fastest"
+    quick, taken = costs[fastest], costs[option]
+    slower = f"{fastest} takes {quick.ms:.3f} ms, {option} {taken.ms:.3f} ms"
+    if taken.logit_error < quick.logit_error or math.isnan(quick.logit_error):
+        return (
+            f"the error budget: {slower}, and their logit errors are {quick.logit_error:.2%} "
+            f"and {taken.logit_error:.2%}"
+        )
+    return f"integer coverage: {slower}"
