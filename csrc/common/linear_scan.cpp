@@ -16,6 +16,8 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
+constexpr int64_t kFewChunks = 4;  // of which the backward pass holds every state
+
 struct Freed {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
@@ -48,14 +50,14 @@ struct Call {
   size_t state_bytes() const { return size_t(k.batch * k.heads * state_size(k)) * element; }
   size_t decay_bytes() const { return size_t(k.batch * k.heads) * element; }
 
-  // Runs a step for chunks [first, first + count) of every item. Their matrices lie in slots from 0 on, but
-  // the states in the slot of the chunk's number where all of them are kept.
-  void run(LinearScanStep step, int64_t first, int64_t count, bool all_states = false) const {
+  // Runs a step for chunks [first, first + count) of every item. Their gradients lie in slots from 0 on,
+  // their states in slots from `state_slot` on.
+  void run(LinearScanStep step, int64_t first, int64_t count, int64_t state_slot = 0) const {
     torch::stable::parallel_for(0, items * count, 1, [&](int64_t begin, int64_t end) {
       const Memory scratch = allocate(scratch_bytes);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t slot = i % count, chunk = first + slot;
-        step(k, {i / count, chunk, all_states ? chunk : slot, slot}, scratch.get());
+        const int64_t slot = i % count;
+        step(k, {i / count, first + slot, state_slot + slot, slot}, scratch.get());
       }
     });
   }
@@ -153,14 +155,46 @@ void linear_scan_fwd_cpu(Tensor q, Tensor key, Tensor v, Optional dt, Tensor rat
   }
 }
 
-void backward_by_items(const Call& call) {
+// The states that the backward pass needs are formed anew, window by window, from those that a first sweep
+// left at the windows' starts: all of them would take as much memory as v where dk is kChunk.
+int64_t window_of(int64_t chunks, int64_t block) {
+  int64_t window = 1;
+  while (window * window < chunks) {
+    ++window;
+  }
+  window = window < kFewChunks ? kFewChunks : window;
+  return (window + block - 1) / block * block;
+}
+
+void backward_by_items(const Call& call, int64_t first, int64_t count) {
   const LinearScanArgs& k = call.k;
   torch::stable::parallel_for(0, call.items, 1, [&](int64_t begin, int64_t end) {
     const Memory scratch = allocate(call.scratch_bytes);
     for (int64_t item = begin; item < end; ++item) {
-      for (int64_t chunk = k.chunks - 1; chunk >= 0; --chunk) {
-        call.set->backward(k, {item, chunk, chunk, 0}, scratch.get());
-        call.set->next_gradient(k, {item, chunk, chunk, 0}, scratch.get());
+      for (int64_t slot = count - 1; slot >= 0; --slot) {
+        call.set->backward(k, {item, first + slot, slot, 0}, scratch.get());
+        call.set->next_gradient(k, {item, first + slot, slot, 0}, scratch.get());
+      }
+    }
+  });
+}
+
+// Sums over the parts of a group what the work items of a block left in (batch, parts, span, width), into
+// rows [first, first + count) of (batch, seqlen, width).
+template <class T>
+void sum_parts(const LinearScanArgs& k, int64_t count, const void* from, void* to) {
+  const int64_t width = k.groups * k.dk;
+  torch::stable::parallel_for(0, k.batch * count, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / count, t = row % count;
+      const T* const parts = static_cast<const T*>(from) + (b * k.parts * k.span + t) * width;
+      T* const out = static_cast<T*>(to) + (b * k.seqlen + k.first + t) * width;
+      for (int64_t i = 0; i < width; ++i) {
+        T sum = parts[i];
+        for (int64_t part = 1; part < k.parts; ++part) {
+          sum += parts[part * k.span * width + i];
+        }
+        out[i] = sum;
       }
     }
   });
@@ -175,7 +209,7 @@ void linear_scan_bwd_cpu(Tensor dout, Tensor q, Tensor key, Tensor v, Optional d
   LinearScanArgs& k = call.k;
   const bool wide = call.element == 8;
   const int64_t carried = k.batch * k.heads * state_size(k);
-  const int64_t per_group = k.batch * k.parts * k.seqlen * k.groups * k.dk;
+  const int64_t per_group = k.batch * k.seqlen * k.groups * k.dk;
   const int64_t per_chunk = k.batch * k.chunks * k.heads;
   k.dout = rows_of(dout, "dout", k.batch, k.seqlen, k.heads, k.dv, wide);
   k.dv_out = rows_of(dv, "dv", k.batch, k.seqlen, k.heads, k.dv, wide);
@@ -183,34 +217,69 @@ void linear_scan_bwd_cpu(Tensor dout, Tensor q, Tensor key, Tensor v, Optional d
   if (dz.has_value()) {
     k.dz = rows_of(*dz, "dz", k.batch, k.seqlen, k.heads, k.dv, wide);
   }
-  k.dq = pointer_of(dq, "dq", per_group, wide);
-  k.dk_out = pointer_of(dk, "dk", per_group, wide);
+  void* const dq_out = pointer_of(dq, "dq", per_group, wide);
+  void* const dk_out = pointer_of(dk, "dk", per_group, wide);
   k.ddt = pointer_of(ddt, "ddt", k.batch * k.seqlen * k.heads, wide);
   k.drate = pointer_of(drate, "drate", per_chunk, wide);
   k.dd = pointer_of(dd, "dD", per_chunk * k.dv, wide);
   void* const carry = pointer_of(state, "state", carried, wide);
   void* const gradient = pointer_of(dstate, "dstate", carried, wide);
 
-  const Memory states = allocate(size_t(k.chunks) * call.state_bytes());
-  const Memory decays = allocate(size_t(k.chunks) * call.decay_bytes());
+  const int64_t window = window_of(k.chunks, block), windows = (k.chunks + window - 1) / window;
+  const int64_t held = window < k.chunks ? window : k.chunks;
+  const Memory states = allocate(size_t(held) * call.state_bytes());
+  const Memory decays = allocate(size_t(held) * call.decay_bytes());
+  const Memory starts = allocate(size_t(windows) * call.state_bytes());
   k.states = states.get();
   k.state_decays = decays.get();
-  call.run(call.set->add_state, 0, k.chunks);
-  call.pass(k.chunks, false, carry);
-  if (block == 1) {
-    k.gradients = gradient;
-    backward_by_items(call);
-    return;
+  const auto start_of = [&](int64_t number) {
+    return static_cast<char*>(starts.get()) + size_t(number) * call.state_bytes();
+  };
+  const auto form_states = [&](int64_t number) {
+    const int64_t first = number * window, rest = k.chunks - first, count = rest < window ? rest : window;
+    call.run(call.set->add_state, first, count);
+    call.pass(count, false, carry);
+    return count;
+  };
+  for (int64_t number = 0; number < windows; ++number) {
+    __builtin_memcpy(start_of(number), carry, call.state_bytes());
+    if (number + 1 < windows) {
+      form_states(number);
+    }
   }
-  const Memory gradients = allocate(size_t(block) * call.state_bytes());
-  const Memory gradient_decays = allocate(size_t(block) * call.decay_bytes());
-  k.gradients = gradients.get();
+
+  // Items of whole groups leave no partial sums; where they are many, each walks its chunks by itself.
+  const bool by_items = block == 1 && k.parts == 1;
+  k.span = k.parts == 1 ? k.seqlen : block * kChunk;
+  const size_t partial_bytes = size_t(k.batch * k.parts * k.span * k.groups * k.dk) * call.element;
+  const Memory dq_parts = k.parts == 1 ? nullptr : allocate(partial_bytes);
+  const Memory dk_parts = k.parts == 1 ? nullptr : allocate(partial_bytes);
+  k.dq = k.parts == 1 ? dq_out : dq_parts.get();
+  k.dk_out = k.parts == 1 ? dk_out : dk_parts.get();
+  const Memory gradients = by_items ? nullptr : allocate(size_t(block) * call.state_bytes());
+  const Memory gradient_decays = by_items ? nullptr : allocate(size_t(block) * call.decay_bytes());
+  k.gradients = by_items ? gradient : gradients.get();
   k.gradient_decays = gradient_decays.get();
-  for (int64_t last = k.chunks; last > 0; last -= block) {
-    const int64_t first = last > block ? last - block : 0;
-    call.run(call.set->add_gradient, first, last - first, true);
-    call.pass(last - first, true, gradient);
-    call.run(call.set->backward, first, last - first, true);
+  for (int64_t number = windows - 1; number >= 0; --number) {
+    __builtin_memcpy(carry, start_of(number), call.state_bytes());
+    const int64_t begin = number * window, count = form_states(number);
+    if (by_items) {
+      backward_by_items(call, begin, count);
+      continue;
+    }
+    for (int64_t last = count; last > 0; last = (last - 1) / block * block) {
+      const int64_t slot = (last - 1) / block * block;
+      k.first = k.parts == 1 ? 0 : (begin + slot) * kChunk;
+      call.run(call.set->add_gradient, begin + slot, last - slot, 0);
+      call.pass(last - slot, true, gradient);
+      call.run(call.set->backward, begin + slot, last - slot, slot);
+      if (k.parts > 1) {
+        const int64_t end = (begin + last) * kChunk, tokens = (end < k.seqlen ? end : k.seqlen) - k.first;
+        const auto sum = wide ? sum_parts<double> : sum_parts<float>;
+        sum(k, tokens, k.dq, dq_out);
+        sum(k, tokens, k.dk_out, dk_out);
+      }
+    }
   }
 }
 

@@ -44,7 +44,8 @@ struct LinearScanArgs {
 
   // The rest belongs to the backward pass.
   View dout, dv_out, dz;  // (batch, seqlen, heads, dv)
-  void* dq;               // (batch, parts, seqlen, groups, dk): sums over the heads of each part
+  int64_t first, span;    // tokens [first, first + span) of dq and dk_out
+  void* dq;               // (batch, parts, span, groups, dk): sums over the heads of each part
   void* dk_out;           // likewise
   void* ddt;              // (batch, seqlen, heads), or null
   void* drate;            // (batch, chunks, heads)

@@ -182,13 +182,14 @@ void backward(const LinearScanArgs& k, ChunkOf where, void* scratch) {
   to.kind = sizeof(T) == 8 ? Kind::f64 : Kind::f32;
   to.token = k.groups * k.dk;
   to.channel = k.dk;
-  to.batch = k.parts * k.seqlen * to.token;
+  to.batch = k.parts * k.span * to.token;
+  const int64_t offset = (it.part * k.span - k.first) * to.token;
   for (int64_t i = 0; i < it.count * ldk; i += W) {
     put<T>(b.dq + i, load<T>(b.dq + i) * T(k.scale));
   }
-  to.data = static_cast<T*>(k.dq) + it.part * k.seqlen * to.token;
+  to.data = static_cast<T*>(k.dq) + offset;
   store_rows(to, it.batch, it.group, it.token, it.count, k.dk, b.dq, ldk);
-  to.data = static_cast<T*>(k.dk_out) + it.part * k.seqlen * to.token;
+  to.data = static_cast<T*>(k.dk_out) + offset;
   store_rows(to, it.batch, it.group, it.token, it.count, k.dk, b.dk, ldk);
 }
 

@@ -141,13 +141,12 @@ def backward(call: Call, dout: Tensor, dstate: Tensor | None) -> Gradients:
     batch, seqlen, heads, dv_size = call.v.shape
     groups, dk_size, dtype = call.q.shape[2], call.q.shape[3], compute_dtype(call.v)
     arguments = _arguments(call)
-    parts = -(-(heads // groups) // _cut(call)[0])
     chunks = -(-seqlen // CHUNK)
 
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of)
 
-    dq, dk = (empty(batch, parts, seqlen, groups, dk_size) for _ in range(2))
+    dq, dk = (empty(batch, seqlen, groups, dk_size) for _ in range(2))
     dv = empty(*call.v.shape, of=call.v.dtype)
     ddt = None if call.dt is None else empty(batch, seqlen, heads)
     drate = empty(batch, chunks, heads)
@@ -164,8 +163,8 @@ def backward(call: Call, dout: Tensor, dstate: Tensor | None) -> Gradients:
     if dD is not None and call.D is not None:
         dD = dD.sum((0, 1) if call.D.ndim == 2 else (0, 1, 3))
     return Gradients(
-        q=dq.squeeze(1) if parts == 1 else dq.sum(1),
-        k=dk.squeeze(1) if parts == 1 else dk.sum(1),
+        q=dq,
+        k=dk,
         v=dv,
         rate=drate.sum((0, 1)),
         dt=ddt,
