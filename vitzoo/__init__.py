@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vitzoo.benchmark.flops import count_flops
     from vitzoo.benchmark.run import benchmark
     from vitzoo.deploy import export_quantized, quantize, validate
-    from vitzoo.export import export_onnx
+    from vitzoo.export import export_onnx, export_openvino, export_program
     from vitzoo.quantization.convert import convert_int8
 
 __all__ = [
@@ -34,6 +34,8 @@ __all__ = [
     "count_flops",
     "create_model",
     "export_onnx",
+    "export_openvino",
+    "export_program",
     "export_quantized",
     "kernels",
     "layers",
@@ -48,6 +50,8 @@ _LAZY = {
     "convert_int8": "vitzoo.quantization.convert",
     "count_flops": "vitzoo.benchmark.flops",
     "export_onnx": "vitzoo.export",
+    "export_openvino": "vitzoo.export",
+    "export_program": "vitzoo.export",
     "export_quantized": "vitzoo.deploy",
     "quantize": "vitzoo.deploy",
     "validate": "vitzoo.deploy",

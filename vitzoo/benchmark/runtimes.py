@@ -130,18 +130,10 @@ def _onnxruntime(path: Path, threads: int) -> Run:
 
 
 def _openvino(path: Path, threads: int) -> Run:
-    import openvino
+    from vitzoo.export.openvino import open_openvino
 
-    # without the precision hint, processors with bfloat16 run in it and the row would not say so
-    config = {
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    core = openvino.Core()
-    # the batch stays dynamic: a graph with a scan reshaped to a fixed one gives wrong numbers in 2026.4.1
-    request = core.compile_model(core.read_model(path), "CPU", config).create_infer_request()
-    return lambda array: list(request.infer({0: array}).values())
+    run = open_openvino(path, threads)
+    return lambda array: [out.numpy() for out in run(torch.from_numpy(array))]
 
 
 def file_mib(path: Path) -> float:

@@ -42,8 +42,23 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 def publish(scratch: Path, target: Path) -> None:
-    """Move what a scratch folder holds beside the target; the target itself, which names the rest, last."""
-    for file in sorted(scratch.iterdir(), key=lambda f: f.name == target.name):
+    """Move what a scratch folder holds beside the target; the target itself, which names the rest, last.
+
+    An older target is removed before the files that belong to it change: at no moment does one stand beside the files
+    of another.
+
+    Raises:
+        OSError: a folder has the name of one of the files; nothing has then been moved.
+    """
+    files = sorted(scratch.iterdir(), key=lambda f: f.name == target.name)
+    for file in files:
+        if (target.parent / file.name).is_dir():
+            raise IsADirectoryError(
+                errno.EISDIR, "a folder has this name; choose another", str(target.parent / file.name)
+            )
+    if len(files) > 1:
+        target.unlink(missing_ok=True)
+    for file in files:
         os.replace(file, target.parent / file.name)
 
 

@@ -47,8 +47,7 @@ class Int8Model(nn.Module):
         input_size: channels, height and width of the images.
         layers: what was done to each product; mode "static", "dynamic" (a scale a token) or "float".
         floating: name of each product in floating point -> why.
-        num_classes: of the float model.
-        pretrained_cfg: of the float model: timm's data configuration is found in it.
+        num_classes, pretrained_cfg: of the float model, where it has them: timm finds its data configuration there.
     """
 
     def __init__(
@@ -63,8 +62,9 @@ class Int8Model(nn.Module):
     ) -> None:
         super().__init__()
         # what timm reads preprocessing, labels and input size from
-        self.num_classes = getattr(like, "num_classes", None)
-        self.pretrained_cfg = copy.deepcopy(getattr(like, "pretrained_cfg", None))
+        for name in ("num_classes", "pretrained_cfg"):
+            if hasattr(like, name):
+                setattr(self, name, copy.deepcopy(getattr(like, name)))
         self.recipe, self.input_size = recipe, input_size
         self.layers, self.floating = tuple(layers), dict(floating)
         self.body = body

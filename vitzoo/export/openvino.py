@@ -1,0 +1,186 @@
+"""Export to OpenVINO IR: the ONNX form of the model converted, run in OpenVINO beside eager, and written whole.
+
+An IR is two files, `NAME.xml` and `NAME.bin`. Weights keep float32; OpenVINO would halve them by default.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitzoo.export.check import DISCONTINUOUS
+from vitzoo.export.common import (
+    CHECKED_BATCHES,
+    ExportError,
+    ExportReport,
+    Progress,
+    Run,
+    first_cause,
+    folder_bytes,
+    require,
+    silent,
+    subject,
+)
+from vitzoo.export.files import publish, scratch_folder
+from vitzoo.export.onnx import export_onnx
+
+SUFFIX = ".xml"
+
+
+def export_openvino(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    input_size: int | Sequence[int] | None = None,
+    opset: int = 20,
+    check: bool = True,
+    progress: Progress | None = None,
+    dynamic_size: bool = False,
+) -> ExportReport:
+    """Export a model, ours or timm's, to an OpenVINO IR with a dynamic batch.
+
+    Names of input and outputs are those of `export_onnx`. Both files are written under other names and renamed when
+    complete and checked, the `.xml` last.
+
+    Leave the batch dynamic: `reshape` to a fixed batch gives wrong numbers in OpenVINO 2026.4.1 for a model with a scan
+    (Vim).
+
+    Args:
+        model: the model, float32, on any device.
+        path: file to write, `*.xml`; its folder must exist.
+        input_size: side, (H, W) or (C, H, W) in pixels; the model's own if None.
+        opset: ONNX operator set of the form that is converted, 18 to 23.
+        check: run the IR in OpenVINO at batches 1 and 3 beside eager, and refuse a relative difference above 1e-4.
+        progress: called with a few words at the start of each step.
+        dynamic_size: make height and width dynamic too, where the model's design allows it; checked at another size.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ImportError: a package is missing; the message has the line that installs it.
+        OSError: the folder does not exist or cannot be written (found before the work starts).
+        ValueError: another suffix, or an opset, a size or a dtype that is not possible.
+        ExportError: the exporter or OpenVINO refused the model, its size is fixed, or the numbers differ.
+    """
+    start = time.perf_counter()
+    require(["openvino", "onnx", "onnxscript"], "export to OpenVINO")
+    target, tell = Path(path), progress or silent
+    _check_suffix(target)
+    with scratch_folder(target) as folder:
+        onnx_file = folder / "source.onnx"
+        report = export_onnx(model, onnx_file, input_size, opset, False, tell, dynamic_size)
+        tell("convert to OpenVINO")
+        written = folder / target.name
+        nodes = convert_onnx(onnx_file, written)
+        for file in [*folder.glob("source.onnx*")]:
+            file.unlink()
+        difference = None
+        if check:
+            with subject(model, report.input_size, dynamic_size, silent) as exported:
+                draws = 3 if any(report.nodes.get(kind) for kind in DISCONTINUOUS) else 1
+                difference = exported.check(open_openvino(written), "OpenVINO", draws, tell)
+        size_bytes = folder_bytes(folder)
+        publish(folder, target)
+    return ExportReport(
+        path=target,
+        format="openvino",
+        opset=opset,
+        input_size=report.input_size,
+        dynamic_size=dynamic_size,
+        outputs=report.outputs,
+        nodes=nodes,
+        size_bytes=size_bytes,
+        batches=CHECKED_BATCHES if check else (),
+        max_relative_difference=difference,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def convert_onnx(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> dict[str, int]:
+    """Convert an ONNX file, float or quantized, to an IR; its numbers are for the caller to check.
+
+    Args:
+        source: the ONNX file.
+        path: file to write, `*.xml`, with a `.bin` beside it.
+
+    Returns:
+        operation -> count.
+
+    Raises:
+        ImportError: OpenVINO is missing; the message has the line that installs it.
+        ValueError: another suffix.
+        ExportError: OpenVINO cannot read the file.
+    """
+    require(["openvino"], "export to OpenVINO")
+    import openvino
+
+    target = Path(path)
+    _check_suffix(target)
+    try:
+        model = openvino.Core().read_model(str(source))
+    except RuntimeError as error:
+        raise ExportError(f"OpenVINO cannot read the ONNX form: {first_cause(error)}") from error
+    openvino.save_model(model, str(target), compress_to_fp16=False)
+    return dict(sorted(Counter(op.get_type_name() for op in model.get_ordered_ops()).items()))
+
+
+def _check_suffix(target: Path) -> None:
+    if target.suffix != SUFFIX:
+        raise ValueError(f"the IR's name is {target.name!r}, expected one that ends in {SUFFIX}")
+
+
+def open_openvino(path: str | os.PathLike[str], threads: int | None = None) -> Run:
+    """Open an IR or an ONNX file in OpenVINO on the CPU, in float32 where it is not in integers.
+
+    Args:
+        path: the file.
+        threads: threads inside an operator, PyTorch's number if None.
+
+    Returns:
+        What runs it: from images (B, C, H, W) to its outputs.
+
+    Raises:
+        ImportError: OpenVINO is missing; the message has the line that installs it.
+        ExportError: OpenVINO cannot read or compile the file.
+    """
+    request = compile_openvino(path, threads).create_infer_request()
+
+    def run(x: Tensor) -> list[Tensor]:
+        found = request.infer({0: x.detach().cpu().contiguous().numpy()})
+        return [torch.from_numpy(out.copy()) for out in found.values()]
+
+    return run
+
+
+def compile_openvino(path: str | os.PathLike[str], threads: int | None = None, profile: bool = False) -> Any:
+    """Return an `openvino.CompiledModel`; see `open_openvino`.
+
+    Args:
+        path: the file.
+        threads: threads inside an operator, PyTorch's number if None.
+        profile: record what is executed, and leave attention in separate products: fused ones are out of sight.
+    """
+    require(["openvino"], "OpenVINO as a runtime")
+    import openvino
+
+    # without the precision hint, processors with bfloat16 run in it and nothing would say so
+    config: dict[str, Any] = {
+        "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    if profile:
+        config |= {"PERF_COUNT": True, "SNIPPETS_MODE": "DISABLE"}
+    core = openvino.Core()
+    try:
+        # the batch stays dynamic: a graph with a scan reshaped to a fixed one gives wrong numbers in 2026.4.1
+        return core.compile_model(core.read_model(str(path)), "CPU", config)
+    except RuntimeError as error:
+        raise ExportError(f"OpenVINO cannot run {path}: {first_cause(error)}") from error
