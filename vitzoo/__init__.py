@@ -20,7 +20,7 @@ from vitzoo.registry import CATEGORIES, UnknownModelError, list_models, model_in
 if TYPE_CHECKING:
     from vitzoo.benchmark.flops import count_flops
     from vitzoo.benchmark.run import benchmark
-    from vitzoo.deploy import export_quantized, quantize, validate
+    from vitzoo.deploy import export_model, export_quantized, quantize, validate
     from vitzoo.export import export_onnx, export_openvino, export_program
     from vitzoo.quantization.convert import convert_int8
 
@@ -33,6 +33,7 @@ __all__ = [
     "convert_int8",
     "count_flops",
     "create_model",
+    "export_model",
     "export_onnx",
     "export_openvino",
     "export_program",
@@ -49,6 +50,7 @@ __all__ = [
 _LAZY = {
     "convert_int8": "vitzoo.quantization.convert",
     "count_flops": "vitzoo.benchmark.flops",
+    "export_model": "vitzoo.deploy",
     "export_onnx": "vitzoo.export",
     "export_openvino": "vitzoo.export",
     "export_program": "vitzoo.export",

@@ -163,6 +163,16 @@ def test_export(tmp_path: Path) -> None:
     assert report["max_relative_difference"] < 1e-4
 
 
+def test_export_of_an_archive_by_its_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt2"
+    report = _json("export", "vim_tiny_patch16_224", *SMALL, "-o", str(path))
+    assert report["format"] == "torch-export"
+    assert report["max_relative_difference"] < 1e-6
+    facts = json.loads((tmp_path / "m.json").read_text())
+    assert facts["bytes"] == path.stat().st_size
+    assert facts["architecture"] == "vim_tiny_patch16_224"
+
+
 def test_export_of_a_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
@@ -209,7 +219,17 @@ def test_doctor() -> None:
         (["bench"], 2, "one of the two"),
         (["report", "nowhere.jsonl"], 1, "there is no such result file; `vitzoo bench -o FILE` writes one"),
         (["report", "README.md"], 1, "README.md, line 1: not a row of a vitzoo result file"),
-        (["export", "litv2_small", "--format", "tflite"], 2, "only onnx"),
+        (
+            ["export", "litv2_small", "--format", "tflite"],
+            1,
+            "there is no format 'tflite'; formats: onnx (.onnx),",
+        ),
+        (["export", "litv2_small", "-o", "m.pt"], 1, "the file name 'm.pt' says no format by its suffix"),
+        (
+            ["export", "litv2_small", "--format", "onnx", "-o", "m.pt2"],
+            1,
+            "is not of format onnx by its suffix",
+        ),
         (["export", "vim_tiny_patch16_224", *SMALL, "-o", "nowhere/m.onnx"], 1, "nowhere"),
         (["export", "litv2_small", "--checkpoint", "nowhere.pth"], 1, "no checkpoint file at nowhere.pth"),
         (["evit_small_patch16_224"], 2, "No such command"),

@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vitzoo.cli import app
+from vitzoo.deploy import gate
 
 pytest.importorskip("onnxruntime", reason="needs the ONNX packages: pip install 'vitzoo[onnx]'")
 
@@ -58,6 +59,30 @@ def test_a_folder_of_images_becomes_an_integer_file(photos: Path, tmp_path: Path
     assert costs["blocks.0.mlp.fc1"]["sqnr_db"] > 20
     assert 0 < costs["blocks.0.mlp.fc1"]["logit_error"] < 0.2
     assert costs["blocks.0.attn.scores"]["logit_error"] is None
+
+
+@pytest.mark.filterwarnings("ignore:.*is skipped")
+def test_the_suffix_chooses_pytorch(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "SECONDS", 0.05)
+    path = tmp_path / "int8.pt2"
+    code, out, err = _run(
+        *MODEL,
+        "--calibration",
+        photos,
+        "-o",
+        path,
+        *LENIENT,
+        "--target",
+        "x86-avx2",
+        "--recipe",
+        "w8a8",
+        "--json",
+    )
+    assert code == 0, err
+    assert json.loads(out)["coverage"] > 0.5
+    facts = json.loads((tmp_path / "int8.json").read_text())
+    assert facts["format"] == "torch-export"
+    assert not facts["recipe"]["reduce_range"], "our kernels do not saturate"
 
 
 @pytest.mark.filterwarnings("ignore:.*is skipped")

@@ -25,31 +25,45 @@ from vitzoo.cli.common import (
 )
 
 
-@app.command(epilog="Example: `vitzoo export litv2_small --checkpoint litv2_s.pth -o litv2_small.onnx`")
+@app.command(
+    epilog="Examples: `vitzoo export litv2_small --checkpoint litv2_s.pth -o litv2_small.onnx` · "
+    "`vitzoo export cvt_13 --dynamic-size -o cvt_13.pt2`"
+)
 def export(
     model: Model,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File; default MODEL.onnx.")] = None,
-    format: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File; its suffix says the format. Default MODEL.onnx."),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="onnx (.onnx), torch-export (.pt2), openvino (.xml and .bin).")
+    ] = None,
     img_size: Size = None,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Make height and width dynamic, not the batch alone.")
+    ] = False,
     checkpoint: Weights = None,
     pretrained: Annotated[bool, typer.Option(help="Download the published weights.")] = False,
     kwargs: Settings = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 20,
-    check: Annotated[bool, typer.Option(help="Run the file in ONNX Runtime beside PyTorch.")] = True,
+    check: Annotated[bool, typer.Option(help="Run the file in its runtime beside PyTorch.")] = True,
     json: Json = False,
 ) -> None:
-    """Export a model to a file with a dynamic batch, and compare it with PyTorch."""
-    if format != "onnx":
-        raise typer.BadParameter(f"{format!r} is not available, only onnx", param_hint="--format")
+    """Export a model to a file with a dynamic batch, compare it with PyTorch, and write a JSON file beside it.
+
+    The JSON file has preprocessing, labels, hashes and what was compared. `vitzoo quantize` writes INT8 files.
+    """
     settings = [*(kwargs or []), *(["pretrained=True"] if pretrained else [])]
     with explained(), progress_bar() as tell:
         from vitzoo.benchmark.models import input_size
-        from vitzoo.export import export_onnx
+        from vitzoo.deploy import export_model, format_of
 
+        kind = format_of(output, format)
         tell("build the model")
         built = create(model, img_size, settings, checkpoint)
-        path = output or Path(f"{model}.onnx")
-        report = export_onnx(built, path, input_size(built, parse_img_size(img_size)), opset, check, tell)
+        path = output or Path(f"{model}{kind.suffix}")
+        size = input_size(built, parse_img_size(img_size))
+        report = export_model(built, path, kind.name, size, opset, check, tell, dynamic_size)
     if json:
         print_json({"model": model, **report.to_dict()})
         return

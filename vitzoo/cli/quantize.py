@@ -34,7 +34,10 @@ def quantize(
     calibration: Annotated[Path, typer.Option(help="Folder of images, searched with its subfolders.")],
     recipe: Annotated[str, typer.Option(help="A recipe of ours, or a TOML file.")] = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File; default MODEL_RECIPE.onnx.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File: .onnx, .pt2 (PyTorch), .xml (OpenVINO). Default MODEL_RECIPE.onnx."
+        ),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="x86-vnni, x86-avx2, arm, tensorrt; default: this machine.")
@@ -58,7 +61,7 @@ def quantize(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Quantize a model to an ONNX file that was run, compared and timed beside the float one.
+    """Quantize a model to a file that was run in its runtime, compared and timed beside the float one.
 
     Below a threshold the float file is kept and the exit code is 1. Recipes of fewer than eight bits are simulated:
     they print what the network loses, and write no file.
@@ -66,7 +69,7 @@ def quantize(
     settings = [*(kwargs or []), *(["pretrained=True"] if pretrained else [])]
     with explained(), progress_bar() as tell:
         from vitzoo.benchmark.models import input_size
-        from vitzoo.deploy import Thresholds, export_quantized, this_machine
+        from vitzoo.deploy import Thresholds, export_quantized, format_of, this_machine
         from vitzoo.deploy import quantize as quantized_by
         from vitzoo.export.files import write_text
         from vitzoo.quantization.config import load_recipe
@@ -77,7 +80,7 @@ def quantize(
         chosen = load_recipe(recipe)
         if error_budget is not None:
             chosen = dataclasses.replace(chosen, error_budget=error_budget)
-        if goal == "x86-avx2":
+        if goal == "x86-avx2" and format_of(output).name != "torch-export":  # our own kernels do not saturate
             chosen = dataclasses.replace(chosen, reduce_range=True)
         tell("build the model")
         built = create(model, img_size, settings, checkpoint).eval()

@@ -3,8 +3,10 @@
 from vitzoo.benchmark.machine import this_machine
 from vitzoo.deploy.accuracy import Validation, validate
 from vitzoo.deploy.auto import quantize
-from vitzoo.deploy.coverage import Coverage, onnxruntime_coverage, torch_coverage
+from vitzoo.deploy.coverage import Coverage, onnxruntime_coverage, openvino_coverage, torch_coverage
+from vitzoo.deploy.formats import format_of
 from vitzoo.deploy.gate import Gate, GateError, Thresholds, export_quantized
+from vitzoo.deploy.handover import export_model
 
 __all__ = [
     "Coverage",
@@ -12,8 +14,11 @@ __all__ = [
     "GateError",
     "Thresholds",
     "Validation",
+    "export_model",
     "export_quantized",
+    "format_of",
     "onnxruntime_coverage",
+    "openvino_coverage",
     "quantize",
     "this_machine",
     "torch_coverage",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitzoo.benchmark.flops import count_flops
 from vitzoo.export.check import open_session, run_session
+from vitzoo.export.openvino import compile_openvino
 
 # kernels whose products are of integers -> place of the second factor among the inputs
 INTEGER = {
@@ -40,6 +41,13 @@ FLOATING = {
 
 # kernels with products that are not counted here: no figure is better than one without them
 UNCOUNTED = ("Attention", "ConvTranspose", "Einsum", "MatMulNBits", "MultiHeadAttention", "QAttention")
+
+# beginnings of the names of OpenVINO's nodes with products, and of those whose products are out of sight
+OPENVINO_PRODUCTS = ("Convolution", "FullyConnected", "MatMul")
+OPENVINO_UNCOUNTED = (
+    *("Deconvolution", "DeformableConvolution", "If", "LLMMLP", "Loop", "GRU", "LSTM", "PagedAttention"),
+    *("QKVProj", "RNN", "ScaledDotProductAttention", "TensorIterator"),
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,50 @@ def torch_coverage(model: nn.Module, input_size: Sequence[int]) -> Coverage:
     floating = {kind: n for kind, n in macs.items() if kind != "integer matmul"}
     ordered = dict(sorted(floating.items(), key=lambda item: -item[1]))
     return Coverage(macs.get("integer matmul", 0), sum(macs.values()), macs, ordered)
+
+
+def openvino_coverage(path: str | Path, x: Tensor) -> Coverage:
+    """Run an IR or an ONNX file in OpenVINO and count its products, by the definition of `onnxruntime_coverage`.
+
+    Args:
+        path: the file.
+        x: images, (B, C, H, W), float32.
+
+    Returns:
+        The products of the one run, by the kernels that OpenVINO says it executed.
+
+    Raises:
+        ImportError: OpenVINO is missing; the message has the line that installs it.
+        ValueError: a kernel with products that cannot be counted.
+    """
+    compiled = compile_openvino(path, profile=True)
+    request = compiled.create_infer_request()
+    request.infer({0: x.detach().cpu().contiguous().numpy()})
+    executed = {p.node_name: (p.node_type, p.exec_type) for p in request.get_profiling_info()}
+    by_kernel: dict[str, int] = {}
+    floating: dict[str, int] = {}
+    integer = 0
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        name = node.get_friendly_name()
+        kind, kernel = executed.get(name, ("", ""))
+        if kind.startswith(OPENVINO_UNCOUNTED):
+            raise ValueError(f"{path} runs {kind}, whose products cannot be counted")
+        if not kind.startswith(OPENVINO_PRODUCTS):
+            continue
+        # shapes are those of the run, also where the batch is dynamic
+        out, first, second = (
+            [int(n) for n in port.get_partial_shape().to_shape()]
+            for port in (node.output(0), node.input(0), node.input(1))
+        )
+        contracted = math.prod(second[len(second) - len(out) + 1 :]) if kind == "Convolution" else first[-1]
+        macs = math.prod(out) * contracted
+        by_kernel[kernel] = by_kernel.get(kernel, 0) + macs
+        if kernel.endswith(("_I8", "_i8", "_U8", "_u8")):
+            integer += macs
+        else:
+            floating[name] = macs
+    ordered = dict(sorted(floating.items(), key=lambda item: -item[1]))
+    return Coverage(integer, sum(by_kernel.values()), by_kernel, ordered)
 
 
 def _macs(node: Any, kernel: str, seen: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> int:

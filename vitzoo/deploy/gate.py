@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from vitzoo._version import __version__
 from vitzoo.benchmark.machine import machine, this_machine
 from vitzoo.benchmark.timing import compare
-from vitzoo.deploy.coverage import onnxruntime_coverage
-from vitzoo.export import export_onnx
-from vitzoo.export.check import open_session, run_session
+from vitzoo.deploy.formats import NOTES_SUFFIX, Format, belonging, check_notes, format_of, has_whole_range
+from vitzoo.export.common import Run, silent
 from vitzoo.export.files import publish, scratch_folder
-from vitzoo.export.quantized import OPSET, check_target, write_quantized
+from vitzoo.export.notes import hashes, notes, write_notes
+from vitzoo.export.quantized import OPSET, check_target
 from vitzoo.quantization.api import QuantizedModel
 
 RUN_BATCHES = (1, 3, 8)
+SECONDS = 3.0  # that each file is timed for
 
 
 @dataclass(frozen=True)
@@ -129,14 +126,16 @@ def export_quantized(
     opset: int = OPSET,
     progress: Callable[[str], None] | None = None,
 ) -> Gate:
-    """Write a quantized model as an ONNX file, if the gate lets it pass, with a JSON file of the same stem beside it.
+    """Write a quantized model as a file, if the gate lets it pass, with a JSON file of the same stem beside it.
 
-    Both files are written under other names and renamed when all has been checked.
+    The suffix says the format and with it the runtime of the gate: `.onnx` (ONNX Runtime), `.pt2` (a torch.export
+    archive of `convert_int8`, run by PyTorch) or `.xml` (OpenVINO). All files are written under other names and renamed
+    when everything has been checked.
 
     Args:
         model: the float model, on the CPU.
         quantized: made from it by `quantize`.
-        path: the file, `*.onnx`.
+        path: the file, `*.onnx`, `*.pt2` or `*.xml`.
         held_back: images that were not calibrated on, (B, C, H, W), as the model takes them.
         target: see `vitzoo.export.quantized.TARGETS`.
         thresholds: what the file has to reach; the default asks for coverage 0.9 and speed 1.02.
@@ -149,48 +148,51 @@ def export_quantized(
         What was found.
 
     Raises:
-        GateError: a threshold was missed; `<stem>.float.onnx` was written instead.
-        ImportError: an ONNX package is missing; the message has the line that installs it.
-        OSError: the folder does not exist or cannot be written.
-        ValueError: no images, a target that is unknown or cannot be checked here, or a recipe that is simulated only.
+        GateError: a threshold was missed; `<stem>.float.onnx`, or what the suffix is, was written instead.
+        ImportError: a package is missing; the message has the line that installs it.
+        OSError: the folder does not exist or cannot be written, or the JSON file is another file's.
+        ValueError: no images, a suffix that no format has, a target that is unknown or cannot be checked here, or a
+            recipe that is simulated only.
     """
     check_target(target)
     here = this_machine()
-    whole_range = any(plan.weight is not None and plan.weight.qmax > 63 for plan in quantized.plans.values())
-    if here == "x86-avx2" and target == "x86-vnni" and whole_range:
+    destination = Path(path)
+    kind = format_of(destination)
+    saturates = kind.name != "torch-export" and has_whole_range(quantized)  # our kernels never do
+    if here == "x86-avx2" and target == "x86-vnni" and saturates:
         raise ValueError(
             f"a file for {target} cannot be checked on this machine, {here}: it saturates sums of full-range u8 x s8 "
             f"products. Take target {here}, or run this where there is VNNI"
         )
     if len(held_back) == 0:
         raise ValueError("there are no held-back images to compare on")
-    tell, thresholds, destination = progress or _silent, thresholds or Thresholds(), Path(path)
+    tell, thresholds = progress or silent, thresholds or Thresholds()
     with scratch_folder(destination) as folder:
-        written = folder / destination.name
-        floating = folder / f"{destination.stem}.float.onnx"
+        check_notes(destination)
+        written, floating = folder / destination.name, folder / f"{destination.stem}.float{kind.suffix}"
         tell("export the float model")
-        export_onnx(model, floating, quantized.input_size, opset)
+        kind.write(model, floating, quantized.input_size, opset, True, None, False)
+        baseline = {*folder.iterdir()}
         tell("export the quantized model")
-        nodes = write_quantized(quantized, written, model, target, opset)
-        gate = _measure(model, quantized, floating, written, held_back, threads, batch_size, tell)
+        nodes = kind.write_int8(quantized, written, model, target, opset)
+        gate = _measure(kind, model, quantized, floating, written, held_back, threads, batch_size, tell)
         complaints = gate.complaints(thresholds)
         if complaints:
-            written.unlink()
-            publish(folder, destination.with_name(floating.name))
+            for file in {*folder.iterdir()} - baseline:
+                file.unlink()
             kept = destination.with_name(floating.name)
+            publish(folder, kept)
             raise GateError(f"{'; '.join(complaints)}. Kept the float file {kept}", gate, kept)
-        floating.unlink()
-        facts = _facts(model, quantized, written, target, gate, nodes, opset)
-        written.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        for file in baseline:
+            file.unlink()
+        facts = _facts(kind, model, quantized, written, target, gate, nodes, opset)
+        write_notes(written.with_suffix(NOTES_SUFFIX), facts)
         publish(folder, destination)
     return gate
 
 
-def _silent(step: str) -> None:
-    """Ignore a step."""
-
-
 def _measure(
+    kind: Format,
     model: nn.Module,
     quantized: QuantizedModel,
     floating: Path,
@@ -201,21 +203,22 @@ def _measure(
     tell: Callable[[str], None],
 ) -> Gate:
     tell("count what runs in integers")
-    coverage = onnxruntime_coverage(written, held_back[:1])
+    coverage = kind.coverage(written, held_back[:1])
     threads = threads or torch.get_num_threads()
-    sessions = {"float": open_session(floating, threads), "int8": open_session(written, threads)}
+    runs = {"float": kind.open(floating, threads), "int8": kind.open(written, threads)}
     tell("compare with the float model")
-    outputs = {name: _logits(session, held_back) for name, session in sessions.items()}
+    outputs = {name: _logits(run, held_back) for name, run in runs.items()}
+    simulation = kind.simulation(quantized)
     with torch.no_grad():
-        simulated = torch.cat([quantized(x) for x in held_back.split(batch_size)])
+        simulated = torch.cat([simulation(x) for x in held_back.split(batch_size)])
     size = outputs["float"].norm()
     for batch in RUN_BATCHES:
-        run_session(sessions["int8"], held_back[:1].expand(batch, -1, -1, -1))
+        runs["int8"](held_back[:1].expand(batch, -1, -1, -1))
     tell("time both files")
     x = held_back[torch.arange(batch_size) % len(held_back)]
     times = compare(
-        {name: functools.partial(run_session, session, x) for name, session in sessions.items()},
-        seconds=3.0,
+        {name: functools.partial(run, x) for name, run in runs.items()},
+        seconds=SECONDS,
         images=batch_size,
         threads=threads,
     )
@@ -234,11 +237,12 @@ def _measure(
     )
 
 
-def _logits(session: Any, images: Tensor, batch: int = 8) -> Tensor:
-    return torch.cat([run_session(session, x)[0] for x in images.split(batch)])
+def _logits(run: Run, images: Tensor, batch: int = 8) -> Tensor:
+    return torch.cat([run(x)[0] for x in images.split(batch)])
 
 
 def _facts(
+    kind: Format,
     model: nn.Module,
     quantized: QuantizedModel,
     file: Path,
@@ -247,27 +251,24 @@ def _facts(
     nodes: dict[str, int],
     opset: int,
 ) -> dict[str, Any]:
-    """Return what stands in the JSON file beside an ONNX file."""
-    data = resolve_model_data_config(model)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
+    """Return what stands in the JSON file beside a quantized file."""
     return {
-        "file": file.name,
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "bytes": file.stat().st_size,
-        "architecture": cfg.get("architecture") or type(model).__name__,
-        "num_classes": getattr(model, "num_classes", None),
-        "label_names": cfg.get("label_names"),
-        "input": {"name": "input", "shape": ["batch", *quantized.input_size], "dtype": "float32"},
-        "output": {"name": "logits"},
-        "preprocessing": {
-            key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-        },
-        "opset": opset,
+        "format": kind.name,
+        **hashes(file, belonging(file)),
+        **notes(model, quantized.input_size, {0: "batch"}, ["logits"]),
+        "opset": opset if kind.has_opset else None,
         "nodes": nodes,
+        "integer_coverage": gate.coverage,
+        "parity": {
+            "runtime": kind.runtime,
+            "logit_error": gate.logit_error,
+            "top1_agreement": gate.top1_agreement,
+            "simulation_error": gate.simulation_error,
+            "images": gate.images,
+        },
         "target": target,
         "recipe": dataclasses.asdict(quantized.recipe),
         "layers": [dataclasses.asdict(layer) for layer in quantized.layers],
         "gate": dataclasses.asdict(gate),
         "machine": machine(),
-        "vitzoo": __version__,
     }

@@ -6,6 +6,7 @@ An IR is two files, `NAME.xml` and `NAME.bin`. Weights keep float32; OpenVINO wo
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -126,7 +127,9 @@ def convert_onnx(source: str | os.PathLike[str], path: str | os.PathLike[str]) -
     try:
         model = openvino.Core().read_model(str(source))
     except RuntimeError as error:
-        raise ExportError(f"OpenVINO cannot read the ONNX form: {first_cause(error)}") from error
+        missing = re.search(r"No conversion rule found for operations: (.*)", str(error))
+        cause = f"it has no operation for {missing[1]}" if missing else first_cause(error)
+        raise ExportError(f"OpenVINO cannot read the ONNX form: {cause}") from error
     openvino.save_model(model, str(target), compress_to_fp16=False)
     return dict(sorted(Counter(op.get_type_name() for op in model.get_ordered_ops()).items()))
 
