@@ -109,6 +109,7 @@ def test_an_integer_model_and_its_facts(
     assert 1e-4 < relative_difference(out, exact) < 0.1
 
 
+@pytest.mark.slow  # of ONNX, tests/export/test_quantized.py does
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_missed_threshold_keeps_the_float_file(
@@ -143,6 +144,7 @@ def test_a_converted_model_is_exported_with_its_coverage(
 
 
 @NEEDS_OPENVINO
+@pytest.mark.slow
 def test_openvino_counts_products_by_weights_that_it_decompresses(model: nn.Module, tmp_path: Path) -> None:
     """Unsigned weights run in float there: counted so, and refused before."""
     full = quantize(model, Recipe("full"), [HELD_BACK])

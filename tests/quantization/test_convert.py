@@ -241,7 +241,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "convnext_atto": ({}, set()),
     "efficientvit_m0": ({}, set()),
 }
-LONG = ("cvt_13", "convnext_atto", "efficientvit_m0")
+LONG = ("litv2_small", "cvt_13", "convnext_atto", "efficientvit_m0")
 
 
 @pytest.mark.parametrize(

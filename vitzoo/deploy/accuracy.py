@@ -23,9 +23,10 @@ from vitzoo.benchmark.models import create_for, input_size
 from vitzoo.benchmark.results import Recorder, Row
 from vitzoo.benchmark.run import header, stamp
 from vitzoo.benchmark.timing import Progress
-from vitzoo.deploy.exported import PREPROCESSING, read_exported
+from vitzoo.deploy.exported import read_exported
 from vitzoo.deploy.labelled import LabelledFolder, collate
 from vitzoo.export.check import open_session, run_session
+from vitzoo.export.notes import PREPROCESSING
 
 SATURATES = (
     "{path} multiplies unsigned activations with int8 weights of the full range{made}. This machine, {here}, sums "

@@ -6,7 +6,6 @@ Facts stand in the JSON file that `vitzoo.deploy` writes beside a file, and in t
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from vitzoo.benchmark.runtimes import file_facts
+from vitzoo.export.notes import PREPROCESSING, sha256
 from vitzoo.export.onnx import require_packages
 
-PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 # products with integer kernels -> places of activation and weight; Q and DQ nodes stand before the others
 _INTEGER = {
     "MatMulInteger": (0, 1),
@@ -132,14 +131,9 @@ def _sidecar(path: Path) -> dict[str, Any]:
         raise ValueError(f"{beside} is not JSON: {error}; export the model again") from error
     if not isinstance(facts, dict):
         raise ValueError(f"{beside} holds a {type(facts).__name__}, expected the facts of an exported file")
-    if facts.get("sha256", _sha256(path)) != _sha256(path):
+    if facts.get("sha256", sha256(path)) != sha256(path):
         raise ValueError(f"{beside} describes another file than {path}: its SHA-256 differs; export again")
     return facts
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _saturating(graph: Any) -> list[str]:

@@ -53,9 +53,13 @@ def hashes(file: Path, others: Iterable[Path] = ()) -> dict[str, Any]:
 
 
 def _hash(file: Path) -> dict[str, Any]:
+    return {"sha256": sha256(file), "bytes": file.stat().st_size}
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": file.stat().st_size}
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_notes(path: Path, facts: Mapping[str, Any]) -> None:
