@@ -38,6 +38,7 @@ def claim(**more) -> dict:
         "subject": "a",
         "baseline": "b",
         "expected": 1.5,
+        "tolerance": 0.9,
         "figure": "speed",
         "img_size": None,
         "threads": 2,
