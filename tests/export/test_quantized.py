@@ -115,13 +115,17 @@ class Single(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.layer = nn.Conv2d(3, 12, 3, padding=1) if kind == "conv" else nn.Linear(SIZE, 12)
+        convolution = nn.Conv2d(3, 12, 3, padding=1)
+        self.layer = nn.Linear(SIZE, 12) if kind in ("static", "dynamic") else convolution
+        self.act = {"relu": nn.ReLU(), "relu6": nn.ReLU6(inplace=True)}.get(kind, nn.Identity())
+        with torch.no_grad():  # far beyond six
+            convolution.weight.mul_(50)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x)
+        return self.act(self.layer(x))
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic", "conv"])
+@pytest.mark.parametrize("kind", ["static", "dynamic", "conv", "relu", "relu6"])
 def test_one_layer_agrees_to_rounding_or_one_step_of_its_output(kind: str, tmp_path: Path) -> None:
     model = Single(kind).eval()
     recipe = Recipe("one", activations="dynamic" if kind == "dynamic" else "static")
@@ -131,10 +135,13 @@ def test_one_layer_agrees_to_rounding_or_one_step_of_its_output(kind: str, tmp_p
     with torch.no_grad():
         simulated = quantized(HELD_BACK)
     difference = (out - simulated).abs()
-    if kind != "conv":
+    if kind in ("static", "dynamic"):
         assert difference.max() < 1e-5 * simulated.abs().max()
         return
-    step = quantized.plans["layer"].output.scale
+    output = quantized.plans["layer"].output
+    step = output.scale
+    assert (output.zero_point == 0) == (kind != "conv")  # what an activation cuts has no codes
+    assert (255 * step < 6.001) == (kind == "relu6")
     assert difference.max() < 1.001 * step
     assert (difference > 0.5 * step).float().mean() < 0.01
 

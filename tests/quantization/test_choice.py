@@ -141,6 +141,15 @@ def test_migration_leaves_even_channels_alone() -> None:
         assert migrate(graph, find_sites(graph), BATCHES, 8) == {}
 
 
+@pytest.mark.parametrize(("act", "moves"), [(nn.ReLU(), True), (nn.ReLU6(), False)], ids=str)
+def test_migration_goes_through_what_has_no_bound(act: nn.Module, moves: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), act, nn.Conv2d(8, 8, 1), nn.Flatten()).eval()
+    graph = capture(net, BATCHES[0][:2])
+    sites = find_sites(graph)
+    assert sites[0].result != sites[0].node  # both are part of the convolution's codes
+    assert [group.readers for group in channel_groups(graph, sites)] == [(("2", 1),)] * moves
+
+
 def test_least_squares_rounding_lowers_the_error_of_correlated_inputs() -> None:
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(48, 48, generator=generator) @ torch.diag(torch.logspace(0, -2, 48))

@@ -50,7 +50,7 @@ class Site:
         origins: what each operand comes from: "norm", "softmax", "gelu" or "".
         weight: name of the weight, None for a product of activations.
         macs: multiply-accumulates an image.
-        result: name of the node that holds the output: `node`, or the ReLU that alone reads it.
+        result: name of the node that holds the output: `node`, or the ReLU or ReLU6 that alone reads it.
         pointwise: a convolution that is a linear layer of the channels: 1 x 1, one group, no stride or padding.
     """
 
@@ -244,8 +244,19 @@ def _pointwise(node: Any, weight: Tensor) -> bool:
 
 def _result(node: Any) -> str:
     users = [*node.users]
-    rectified = len(users) == 1 and users[0].target in (aten.relu.default, aten.relu_.default)
-    return str(users[0].name if rectified else node.name)
+    return str(users[0].name if len(users) == 1 and _rectifies(users[0]) else node.name)
+
+
+def _rectifies(node: Any) -> bool:
+    """Return whether a node cuts what lies below zero, and perhaps above a bound, and nothing else."""
+    if node.target in (aten.hardtanh.default, aten.hardtanh_.default):
+        return len(node.args) > 1 and node.args[1] == 0
+    return is_relu(node)
+
+
+def is_relu(node: Any) -> bool:
+    """Return whether a node is a ReLU."""
+    return node.target in (aten.relu.default, aten.relu_.default)
 
 
 def _site(module: fx.GraphModule, node: Any) -> Site | None:

@@ -19,6 +19,7 @@ from vitzoo.quantization.graph import (
     Site,
     convolution_arguments,
     get_tensor,
+    is_relu,
     norm_groups,
     set_tensor,
 )
@@ -59,6 +60,10 @@ def channel_groups(module: fx.GraphModule, sites: Sequence[Site]) -> list[Channe
         node, result = nodes[site.node], nodes[site.result]
         parameters = [x for x in node.args[1:3] if isinstance(x, fx.Node)]
         if site.weight is None or any(len(x.users) > 1 or x.op != "get_attr" for x in parameters):
+            continue
+        if result is not node and not is_relu(
+            result
+        ):  # the bound of a ReLU6 does not move with a channel's scale
             continue
         readers = [_reader(by_node.get(user.name), user, result) for user in result.users]
         if readers and None not in readers:

@@ -91,6 +91,7 @@ class Simulator(fx.Interpreter):
         super().__init__(module)
         self.compare = compare
         self.plans = {site.node: (site, plans[site.name]) for site in sites if site.name in plans}
+        self.nodes = {node.name: node for node in module.graph.nodes}
         self.weights: dict[tuple[str, int], Tensor] = {}
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -103,9 +104,13 @@ class Simulator(fx.Interpreter):
         if self.compare is None:
             return quantized
         exact = super().call_function(target, args, kwargs)
+        if plan.output is None or site.result == site.node:
+            self.compare(site.name, exact, quantized)
+            return exact
         # a ReLU whose result the codes hold belongs to what they are compared with
-        rectified = plan.output is not None and site.result != site.node
-        self.compare(site.name, exact.relu() if rectified else exact, quantized)
+        node = self.nodes[site.result]
+        rectified = super().call_function(node.target, (exact.clone(), *node.args[1:]), {})
+        self.compare(site.name, rectified, quantized)
         return exact
 
     def quantized(
