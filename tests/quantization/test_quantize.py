@@ -13,6 +13,7 @@ from torch import nn
 import vitzoo
 from vitzoo.quantization.allocation import allocate
 from vitzoo.quantization.api import quantize, sensitivity
+from vitzoo.quantization.calibration import fit_percentile
 from vitzoo.quantization.config import Recipe, recipe_from_toml
 from vitzoo.quantization.graph import capture, find_sites, norm_groups
 from vitzoo.testing import image, relative_difference
@@ -227,3 +228,12 @@ def test_the_noise_of_a_layer_and_its_relu_is_that_of_both() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * (SIZE - 2) ** 2, 5)).eval()
     first = sensitivity(net, Recipe("w8a8"), BATCHES)[0]
     assert first.sqnr_db > 30  # half the outputs are negative; against them it would be near 0
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.25, -3.0])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_channel_of_equal_values_is_kept(constant: float, bits: int) -> None:
+    weight = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    weight[1] = constant  # a pruned filter, or a bias in disguise
+    torch.testing.assert_close(fit_percentile(weight, bits, 0)(weight)[1], weight[1], rtol=1e-6, atol=1e-12)
+    assert relative_difference(fit_percentile(weight, bits, 0)(weight), weight) < 0.1

@@ -72,7 +72,7 @@ def fit_percentile(
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for p in percentiles:
         high, low = _quantile(rows, p), _quantile(rows, 1 - p)
-        scale = (high - low) / top
+        scale = ((high - low) / top).clamp_min(_SMALLEST)  # a channel of equal values has no range
         zero = torch.round(-low / scale)
         error = (rows - Uniform(scale[:, None], zero[:, None], 0, top)(rows)).abs().pow(2).mean(1)
         if best is None:
