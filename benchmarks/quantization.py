@@ -72,7 +72,8 @@ def filled(name: str) -> nn.Module:
         for key, value in model.state_dict().items()
     }
     model.load_state_dict(weights)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    # not those of pooled features, which differ too little between two photographs
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a mean over batches
