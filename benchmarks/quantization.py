@@ -3,11 +3,12 @@ r"""Time INT8 files beside the float file in ONNX Runtime, with their integer co
     python benchmarks/quantization.py make deit_small_patch16_224 vim_tiny_patch16_224 --folder files
     python benchmarks/quantization.py time deit_small_patch16_224 --folder files --threads 2 \
         --output benchmarks/results/quantization_CPU_ISA.json
+    python benchmarks/quantization.py table --output benchmarks/results/quantization_CPU_ISA.json
 
 `make` writes, for each model, the float file, one by each recipe, and the baseline that ONNX Runtime's own
 `quantize_static` makes of the float file with its defaults. `time` runs them interleaved, and in the same run an int8
 and a float32 product of M 1576, K 384, N 1536, whose ratio is what the machine's integer units give at best; a model's
-rows replace those that the output file has of it.
+rows replace those that the output file has of it. `table` prints the file as Markdown.
 
 Weights are filled by name and shape as in the tests, normal with 1 / sqrt(fan in): no network has learned to tolerate
 noise here. Statistics of BatchNorm are then those of photographs, as in every trained network: with others activations
@@ -235,19 +236,45 @@ def products(threads: int, seconds: float) -> dict[str, Any]:
     }
 
 
+def table(record: dict[str, Any]) -> str:
+    """Return the results as Markdown, a row a model: speed, coverage and logit error of each file."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record["results"]:
+        rows.setdefault(row["model"], {})[row["file"]] = row
+    kinds = [kind for kind in next(iter(rows.values())) if kind != "float"]
+    lines = [
+        f"| model | float ms | {' | '.join(kinds)} |",
+        f"| --- | ---: | {' | '.join('---:' for _ in kinds)} |",
+    ]
+    for model, found in rows.items():
+        cells = []
+        for kind in kinds:
+            row = found[kind]
+            cells.append(
+                "failed"
+                if "failed" in row
+                else f"{row['speed']:.2f}x, {row['coverage']:.2f}, {row['logit_error']:.1%}"
+            )
+        lines.append(f"| {model} | {found['float']['median_ms']:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", choices=("make", "time"))
+    parser.add_argument("step", choices=("make", "time", "table"))
     parser.add_argument("models", nargs="*", default=[*MODELS])
     parser.add_argument("--recipes", nargs="+", default=[*RECIPES])
-    parser.add_argument("--folder", type=Path, required=True, help="of the ONNX files")
+    parser.add_argument("--folder", type=Path, default=Path("files"), help="of the ONNX files")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing for each file")
     parser.add_argument("--output", type=Path, help="JSON file; default: none")
     args = parser.parse_args()
+    if args.step == "table":
+        print(table(json.loads(args.output.read_text())))
+        return
     torch.set_num_threads(args.threads)
     if args.step == "make":
         make(args.models, args.recipes, args.folder, args.threads)
