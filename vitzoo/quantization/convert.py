@@ -109,7 +109,7 @@ def convert_int8(model: nn.Module, quantized: QuantizedModel) -> Int8Model:
     if not recipe.runs_as_integers:
         raise ValueError(
             f"recipe {recipe.name!r} can only be simulated: integer kernels execute uniform 8-bit quantizers; "
-            "take w8a8, w8a8_dynamic, w8a8_smooth or w8a8_reparam"
+            "take auto, w8a8, w8a8_dynamic, w8a8_smooth or w8a8_reparam"
         )
     return _Conversion(model, quantized).run()
 
