@@ -170,3 +170,22 @@ def test_targets_bound_the_modes(model: nn.Module, monkeypatch: pytest.MonkeyPat
     assert costs["dynamic"].ms == 1.0
     with pytest.raises(ValueError, match="target is 'x86', expected one of"):
         vitzoo.quantize(model, "auto", BATCHES, target="x86")
+
+
+def test_a_float_convolution_counts_though_its_weight_is_dequantized_at_run_time(tmp_path: Path) -> None:
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    constants = {"w": np.ones((4, 3, 3, 3), np.int8), "s": np.ones(4, np.float32), "z": np.zeros(4, np.int8)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["dw"], axis=0),
+        helper.make_node("Conv", ["x", "dw"], ["y"], name="conv", pads=[1, 1, 1, 1]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    found = onnxruntime_coverage(tmp_path / "m.onnx", image((2, 3, 8, 8)))
+    assert (found.integer_macs, found.total_macs) == (0, 2 * 8 * 8 * 4 * 27)

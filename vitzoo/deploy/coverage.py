@@ -195,7 +195,9 @@ def openvino_coverage(path: str | Path, x: Tensor) -> Coverage:
 def _macs(node: Any, kernel: str, seen: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> int:
     out = _shape(seen["output_type_shape"][0])
     if "Conv" in kernel:
-        weight = shapes[node.input[{**INTEGER, **FLOATING}[kernel]]]
+        place = {**INTEGER, **FLOATING}[kernel]
+        # a weight that is dequantized for a float kernel is no constant of the graph: the run knows its shape
+        weight = shapes.get(node.input[place]) or _shape(seen["input_type_shape"][place])
         return math.prod(out) * math.prod(weight[1:])
     first = _shape(seen["input_type_shape"][0])
     transposed = any(a.name in ("transA", "transposeA") and a.i for a in node.attribute)
