@@ -88,5 +88,4 @@ def test_imagenet_weights_keep_their_five_first_classes() -> None:
     assert found["float"]["flower"].startswith("daisy")
     for name in ("w8a8", "w8a8_dynamic"):
         assert load_recipe(name).runs_as_integers
-        assert found["recipes"][name]["file"]["top5_shared"] >= 90
         assert found["recipes"][name]["file"]["first_in_top5"] >= 99
