@@ -1,5 +1,6 @@
 """The demo's figures are the model's, its page stands alone, and what fails is said."""
 
+import functools
 import importlib.util
 import io
 import json
@@ -20,8 +21,10 @@ pytest.importorskip("jinja2", reason="needs the demo's packages: pip install 'vi
 
 from rich.console import Console
 
-from vitzoo.demo import MODELS, UNTRAINED, DemoError, measure, pictures, run
+from vitzoo.demo import MODELS, UNTRAINED, DemoError, int8, measure, pictures, run
+from vitzoo.deploy import Thresholds, export_quantized
 from vitzoo.export import ExportError
+from vitzoo.export.check import open_session, run_session
 
 NAMES = ["mobilenetv3_small_050", "evit_tiny_patch16_224"]
 
@@ -111,6 +114,46 @@ def test_terminal_shows_table_and_warning(done: tuple[dict[str, Any], Path, str]
         assert f"{row['latency_ms']['median']:.1f}" in text
     assert UNTRAINED in " ".join(text.split())
     assert "100%" in text
+
+
+@pytest.mark.parametrize(
+    ("speed", "suffix"),
+    [(0.0, "_int8.onnx"), pytest.param(1e6, "_int8.float.onnx", marks=pytest.mark.slow)],
+)
+def test_ends_in_an_int8_file_or_says_why_not(
+    speed: float, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = functools.partial(export_quantized, thresholds=Thresholds(coverage=0.5, speed=speed))
+
+    def export(*args: Any, **kwargs: Any) -> Any:
+        return asked(*args[:5], threads=args[6], batch_size=args[7], **kwargs)
+
+    monkeypatch.setattr(int8, "export_quantized", export)
+    text = io.StringIO()
+    run(tmp_path, models=NAMES[:1], seconds=0.01, int8=True, console=Console(file=text, width=80))
+    found = json.loads((tmp_path / "demo.json").read_text())["models"][0]["int8"]
+    assert found["file"] == f"{NAMES[0]}{suffix}"
+    assert found["size_bytes"] == (tmp_path / found["file"]).stat().st_size
+    assert 0.5 < found["coverage"] <= 1
+    assert 0 < found["logit_error"] < 1
+    assert (found["refused"] is None) == (speed == 0)
+    assert f"{found['coverage']:.3f}" in text.getvalue()
+    assert max(map(len, text.getvalue().splitlines())) <= 80
+    page = (tmp_path / "demo.html").read_text()
+    assert found["file"] in page
+    assert ("refused: speed is" in page) == (speed > 0)
+    session = open_session(tmp_path / found["file"])
+    assert run_session(session, torch.zeros(3, 3, 224, 224))[0].shape == (3, 1000)
+
+
+def test_crops_are_normalized_and_the_same_each_time() -> None:
+    model = timm.create_model(NAMES[0])
+    photos = [*measure.photographs().values()]
+    crops = int8.crops(model, photos, 5)
+    assert crops.shape == (5, 3, 224, 224)
+    assert torch.equal(crops, int8.crops(model, photos, 5))
+    assert not torch.equal(crops[0], crops[2])  # of one photograph
+    assert crops.abs().max() < 3
 
 
 def test_pictures_show_what_was_kept() -> None:

@@ -27,7 +27,7 @@ RANKS = {
     "testing": 0,
     "_version": 0,
 }
-SIDEWAYS = {("export", "quantization"), ("benchmark", "export")}
+SIDEWAYS = {("export", "quantization"), ("benchmark", "export"), ("demo", "deploy")}
 
 
 def _sources() -> list[Path]:

@@ -32,12 +32,6 @@ NEEDS_OPENVINO = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="needs OpenVINO: pip install 'vitzoo[openvino]'"
 )
 KINDS = [pytest.param(f, id=f.name, marks=NEEDS_OPENVINO if f.name == "openvino" else ()) for f in FORMATS]
-# Of ONNX, tests/export/test_quantized.py does it. OpenVINO ended the process once, beside the other runtimes of a whole
-# run: it has not been seen alone, and is kept out of `make test` until its cause is known.
-INT8_KINDS = [
-    KINDS[1],
-    pytest.param(*KINDS[2].values, id="openvino", marks=[NEEDS_OPENVINO, pytest.mark.slow]),
-]
 
 
 def _model(**kwargs: Any) -> nn.Module:
@@ -92,7 +86,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hasty")
-@pytest.mark.parametrize("kind", INT8_KINDS)
+@pytest.mark.parametrize("kind", KINDS[1:])  # of ONNX, tests/export/test_quantized.py does
 def test_an_integer_model_and_its_facts(
     kind: formats.Format, model: nn.Module, quantized: QuantizedModel, tmp_path: Path
 ) -> None:

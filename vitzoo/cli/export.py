@@ -77,12 +77,13 @@ def demo(
     models: Annotated[list[str] | None, typer.Option("--model", help="Model; may be repeated.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     pretrained: Annotated[bool, typer.Option(help="Try to download the published weights.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize each model too, minutes a model.")] = False,
     json: Json = False,
 ) -> None:
     """Run one backbone of each category on a real photograph: count, time, export, compare."""
     with explained():
         from vitzoo.demo import run
 
-        result = run(out, models or None, threads, pretrained, console=stderr if json else stdout)
+        result = run(out, models or None, threads, pretrained, int8=int8, console=stderr if json else stdout)
     if json:
         print_json(result)

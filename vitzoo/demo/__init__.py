@@ -1,6 +1,6 @@
-"""The main job on a real photograph: create, count, time, export and run one backbone of each category.
+"""The main job on a real photograph: create, count, time, export, run and quantize one backbone of each category.
 
-`run` prints a table and writes `demo.json` and `demo.html`, one page that needs nothing else.
+`run` prints tables and writes `demo.json`, `demo.html`, one page that needs nothing else; on request INT8 files too.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def run(
     pretrained: bool = False,
     seconds: float = 1.5,
     keep_onnx: bool = False,
+    int8: bool = False,
     console: Any = None,
 ) -> dict[str, Any]:
     """Run the demo on scikit-learn's two photographs.
@@ -53,6 +54,8 @@ def run(
         pretrained: try to download the weights; models whose weights cannot be had run untrained, and say so.
         seconds: time spent on measuring each model, for latency and again for throughput.
         keep_onnx: leave the exported files in `out_dir`.
+        int8: quantize each model on crops of the photographs and leave `<model>_int8.onnx` with its JSON file in
+            `out_dir`, or `<model>_int8.float.onnx` where the gate refuses it, which is no failure.
         console: a `rich.console.Console` to print to, standard output if None.
 
     Returns:
@@ -76,7 +79,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     with scratch_folder(out / "demo.json"):
         pass  # an unwritable folder is found now, not after minutes
-    settings = Settings(threads, pretrained, seconds, out if keep_onnx else None)
+    settings = Settings(threads, pretrained, seconds, out if keep_onnx else None, out if int8 else None)
     with tracked(console) as tell:
         result, figures = measure_models(names, settings, tell)
     result = {"schema": SCHEMA, **result, "seconds": round(time.perf_counter() - start, 1)}

@@ -19,6 +19,7 @@ from vitzoo.benchmark.flops import count_flops
 from vitzoo.benchmark.machine import machine
 from vitzoo.benchmark.timing import compare
 from vitzoo.checkpoint import CheckpointError
+from vitzoo.demo.int8 import write_int8
 from vitzoo.demo.pictures import Figure, figures_of
 from vitzoo.export import export_onnx
 from vitzoo.export.check import open_session, run_session, time_session
@@ -42,6 +43,7 @@ class Settings:
     pretrained: bool = False
     seconds: float = 1.5
     onnx_folder: Path | None = None
+    int8_folder: Path | None = None
 
 
 @dataclass
@@ -103,10 +105,15 @@ def _measured(names: list[str], settings: Settings, tell: Tell) -> tuple[dict[st
             name, share = subject.row["model"], 0.4 + 0.6 * index / len(subjects)
 
             def told(step: str, name: str = name, share: float = share) -> None:
-                tell(f"{name}: ONNX, {step}", share)
+                tell(f"{name}: {step}", share)
 
             with _failures_in(subject.row):
                 _export(subject, folder, told, keep=settings.onnx_folder is not None)
+                if settings.int8_folder is not None:
+                    path = settings.int8_folder / f"{name.replace('/', '_')}_int8.onnx"
+                    subject.row["int8"] = write_int8(
+                        subject.model, photos.values(), path, settings.threads, told
+                    )
     tell("done", 1.0)
     result = {
         "photographs": list(photos),
@@ -231,6 +238,7 @@ def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
 
 def _export(subject: Subject, folder: Path, tell: Callable[[str], None], keep: bool) -> None:
     path = folder / f"{subject.row['model'].replace('/', '_')}.onnx"
+    tell("export to ONNX")
     report = export_onnx(subject.model, path, subject.row["input_size"], progress=tell)
     tell("run on the photographs")
     session = open_session(path)

@@ -29,6 +29,7 @@ def render_page(result: dict[str, Any], figures: list[Figure]) -> str:
         result=result,
         photographs=_photographs(),
         figures=figures,
+        quantized=[row for row in measured if "int8" in row],
         untrained=UNTRAINED if untrained else "",
         notes=notes(result),
         slowest=max((row["latency_ms"]["median"] for row in measured), default=1.0),

@@ -33,6 +33,13 @@ def print_summary(console: Any, result: dict[str, Any], out: Path) -> None:
 
     cpu = result["machine"]["cpu"]
     console.print(_table(result))
+    quantized = [row for row in result["models"] if "int8" in row]
+    if quantized:
+        console.print(_int8_table(quantized))
+        for row in quantized:
+            if row["int8"]["refused"]:
+                text = f"{row['model']}: no INT8 file: {row['int8']['refused']}"
+                console.print(escape(text), style="yellow", highlight=False)
     console.print(
         f"{cpu['model']}, {cpu['torch_capability']}, {cpu['threads']} threads; latency at batch 1, images/s "
         f"at batch {result['throughput_batch']}; ONNX difference: norm(onnx - eager) / norm(eager) on "
@@ -95,6 +102,30 @@ def _table(result: dict[str, Any]) -> Any:
             f"{row['images_per_second']:.1f}",
             _spread(onnx["latency_ms"]),
             f"{onnx['photo_relative_difference']:.0e}",
+        )
+    return table
+
+
+def _int8_table(rows: list[dict[str, Any]]) -> Any:
+    """Return the gate's figures of each model, accepted or not."""
+    from rich import box
+    from rich.table import Table
+
+    title = f"INT8 in ONNX Runtime, recipe {rows[0]['int8']['recipe']}, for {rows[0]['int8']['target']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("model", min_width=26, overflow="fold")
+    for name in ("integer\nMACs", "speed over\nfloat", "logit\nerror", "same\ntop-1", "MB", "accepted"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        gate = row["int8"]
+        table.add_row(
+            row["model"],
+            f"{gate['coverage']:.3f}",
+            f"{gate['speed']:.2f}x",
+            f"{gate['logit_error']:.1%}",
+            f"{gate['top1_agreement']:.0%}",
+            f"{gate['size_bytes'] / 1e6:.1f}",
+            "no" if gate["refused"] else "yes",
         )
     return table
 

@@ -1,0 +1,74 @@
+"""The demo's INT8 files: each model quantized on crops of the photographs, and what the gate found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+from torchvision import transforms
+
+from vitzoo.deploy import GateError, Thresholds, export_quantized, quantize, this_machine
+from vitzoo.quantization.config import load_recipe
+
+RECIPE = "w8a8"  # "auto" measures every layer, minutes a model
+CALIBRATED, HELD_BACK = 16, 8
+BATCH = 8
+SEED = 0
+
+
+def crops(model: nn.Module, photos: Iterable[Any], count: int, seed: int = SEED) -> Tensor:
+    """Return random crops of PIL images in turn as the model takes them, (count, C, H, W)."""
+    config = resolve_data_config({}, model=model)
+    prepare = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(config["input_size"][1:], scale=(0.1, 1.0)),
+            transforms.ToTensor(),
+            transforms.Normalize(config["mean"], config["std"]),
+        ]
+    )
+    images = [*photos]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.stack([prepare(images[i % len(images)]) for i in range(count)])
+
+
+def write_int8(
+    model: nn.Module,
+    photos: Iterable[Any],
+    path: Path,
+    threads: int | None,
+    tell: Callable[[str], None],
+    thresholds: Thresholds | None = None,
+) -> dict[str, Any]:
+    """Quantize a model and write its INT8 file, if the gate lets it pass.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        photos: PIL images that crops are taken of.
+        path: the file, `*.onnx`.
+        threads: of ONNX Runtime, PyTorch's number if None.
+        tell: told the present step.
+        thresholds: of the gate, its own defaults if None.
+
+    Returns:
+        The gate's figures, with `file`, what was written, and `refused`, why it is the float file, else None.
+    """
+    images = crops(model, photos, CALIBRATED + HELD_BACK)
+    target = this_machine()
+    tell("quantize")
+    recipe = dataclasses.replace(load_recipe(RECIPE), reduce_range=target == "x86-avx2")
+    quantized = quantize(model, recipe, images[:CALIBRATED].split(BATCH), target=target)
+    refused = None
+    try:
+        gate = export_quantized(
+            model, quantized, path, images[CALIBRATED:], target, thresholds, threads, BATCH, progress=tell
+        )
+    except GateError as error:
+        gate, path, refused = error.gate, error.float_path, str(error)
+    found = {"recipe": RECIPE, "target": target, **dataclasses.asdict(gate)}
+    return {**found, "file": path.name, "size_bytes": path.stat().st_size, "refused": refused}
