@@ -20,7 +20,6 @@ not measured: NNCF is no dependency.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
@@ -43,7 +42,7 @@ from vitzoo.deploy import onnxruntime_coverage, quantize, this_machine
 from vitzoo.export import export_onnx
 from vitzoo.export.check import open_session, run_session
 from vitzoo.export.files import write_text
-from vitzoo.export.quantized import write_quantized
+from vitzoo.export.quantized import for_target, write_quantized
 from vitzoo.quantization.config import load_recipe
 from vitzoo.testing import fill, relative_difference
 
@@ -114,7 +113,7 @@ def make(names: list[str], recipes: list[str], folder: Path, threads: int) -> No
         export_onnx(model, floating, check=False)
         for recipe in recipes:
             start = time.perf_counter()
-            chosen = dataclasses.replace(load_recipe(recipe), reduce_range=target == "x86-avx2")
+            chosen = for_target(load_recipe(recipe), target)
             quantized = quantize(model, chosen, calibration, target=target, threads=threads)
             write_quantized(quantized, folder / f"{name}.{recipe}.onnx", model, target)
             modes = [layer.mode for layer in quantized.layers if layer.kind != "product"]

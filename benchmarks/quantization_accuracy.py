@@ -38,7 +38,7 @@ import vitzoo
 from vitzoo.deploy import this_machine
 from vitzoo.export.check import open_session, run_session
 from vitzoo.export.files import write_text
-from vitzoo.export.quantized import write_quantized
+from vitzoo.export.quantized import for_target, write_quantized
 from vitzoo.quantization.api import quantize
 from vitzoo.quantization.config import Recipe, load_recipe
 
@@ -183,8 +183,8 @@ def quantized_by(
 ) -> tuple[dict[str, Any], Tensor, Tensor | None]:
     """Quantize a model; return facts, the logits of its simulation, and those of its file where it has one."""
     start, target, of_file = time.perf_counter(), this_machine(), None
-    if recipe.runs_as_integers and target == "x86-avx2":
-        recipe = dataclasses.replace(recipe, reduce_range=True)
+    if recipe.runs_as_integers:
+        recipe = for_target(recipe, target)
     quantized = quantize(model, recipe, calibration)
     simulated = logits_of(quantized, images)
     if recipe.runs_as_integers:

@@ -1,6 +1,5 @@
 """The demo's figures are the model's, its page stands alone, and what fails is said."""
 
-import functools
 import importlib.util
 import io
 import json
@@ -22,7 +21,7 @@ pytest.importorskip("jinja2", reason="needs the demo's packages: pip install 'vi
 from rich.console import Console
 
 from vitzoo.demo import MODELS, UNTRAINED, DemoError, int8, measure, pictures, run
-from vitzoo.deploy import Thresholds, export_quantized
+from vitzoo.deploy import Thresholds
 from vitzoo.export import ExportError
 from vitzoo.export.check import open_session, run_session
 
@@ -123,12 +122,7 @@ def test_terminal_shows_table_and_warning(done: tuple[dict[str, Any], Path, str]
 def test_ends_in_an_int8_file_or_says_why_not(
     speed: float, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = functools.partial(export_quantized, thresholds=Thresholds(coverage=0.5, speed=speed))
-
-    def export(*args: Any, **kwargs: Any) -> Any:
-        return asked(*args[:5], threads=args[6], batch_size=args[7], **kwargs)
-
-    monkeypatch.setattr(int8, "export_quantized", export)
+    monkeypatch.setattr(int8, "THRESHOLDS", Thresholds(coverage=0.5, speed=speed))
     text = io.StringIO()
     run(tmp_path, models=NAMES[:1], seconds=0.01, int8=True, console=Console(file=text, width=80))
     found = json.loads((tmp_path / "demo.json").read_text())["models"][0]["int8"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -12,10 +13,12 @@ import timm
 import torch
 from torch import nn
 
+import vitzoo
 from vitzoo.deploy import GateError, Thresholds, export_quantized, onnxruntime_coverage, this_machine
 from vitzoo.deploy import gate as gate_module
 from vitzoo.export.check import open_session, run_session
-from vitzoo.export.quantized import write_quantized
+from vitzoo.export.notes import PREPROCESSING
+from vitzoo.export.quantized import export_int8, for_target, write_quantized
 from vitzoo.quantization.api import QuantizedModel, quantize
 from vitzoo.quantization.config import Recipe, load_recipe, recipe_names
 from vitzoo.quantization.qdq import integer_graph
@@ -242,3 +245,30 @@ def test_an_unknown_recipe_names_the_likeliest() -> None:
         ValueError, match=r"no recipe 'w8a8_smoth'; did you mean 'w8a8_smooth'\? Recipes: auto, fq, "
     ):
         load_recipe("w8a8_smoth")
+
+
+def test_a_target_that_saturates_gets_seven_bits() -> None:
+    recipe = load_recipe("w8a8")
+    assert for_target(recipe, "x86-vnni") is recipe
+    assert for_target(recipe, "x86-avx2") == dataclasses.replace(recipe, reduce_range=True)
+    with pytest.raises(ValueError, match="target is 'x86'"):
+        for_target(recipe, "x86")
+
+
+def test_an_int8_file_to_measure_has_signed_weights_on_every_target(model: nn.Module, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    export_int8(model, tmp_path / "m.onnx", BATCHES[0], "x86-avx2")
+    graph = onnx.load(str(tmp_path / "m.onnx")).graph
+    codes = {t.data_type: onnx.numpy_helper.to_array(t) for t in graph.initializer if len(t.dims) > 1}
+    assert onnx.TensorProto.UINT8 not in codes
+    assert abs(codes[onnx.TensorProto.INT8].astype(int)).max() <= 64
+
+
+def test_a_file_notes_all_of_the_preprocessing(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = timm.create_model("mobilenetv3_small_050").eval()
+    model.pretrained_cfg = {**model.pretrained_cfg, "crop_mode": "squash"}
+    vitzoo.export_onnx(model, tmp_path / "m.onnx", 64, check=False)
+    noted = {e.key: e.value for e in onnx.load(str(tmp_path / "m.onnx")).metadata_props}
+    assert noted["crop_mode"] == "squash"
+    assert {*PREPROCESSING} <= {*noted}

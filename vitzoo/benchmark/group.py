@@ -17,7 +17,7 @@ from vitzoo.benchmark.results import Row
 from vitzoo.benchmark.runtimes import check, file_mib, with_file
 from vitzoo.benchmark.statistics import ratio_of_medians
 from vitzoo.benchmark.subject import Subject, prepare
-from vitzoo.benchmark.timing import BLOCK_SECONDS, Progress, Timing, compare_blocks
+from vitzoo.benchmark.timing import BLOCK_SECONDS, Progress, Timing, compare_blocks, cpu_threads
 from vitzoo.benchmark.worker import Nursery, Worker, WorkerError
 
 # raw samples kept in a row: beyond this every second, third, ... round is
@@ -83,7 +83,7 @@ class _Group:
                     case.dtype == "int8" and file is not None
                 ):  # described is the float32 model it was made from
                     self.rows[i]["weight_mib"] = round(file_mib(file), 3)
-                with _threads(case.threads):
+                with cpu_threads(case.threads):
                     start = Worker if self.how.isolate else prepare
                     self.subjects[case.name] = start(self.cases[i], size)
                 self.rows[i] |= self.subjects[case.name].facts
@@ -150,16 +150,6 @@ class _Group:
         """Let the models go, and end their processes."""
         for subject in self.subjects.values():
             subject.close()
-
-
-@contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _side(size: Size) -> int | list[int]:

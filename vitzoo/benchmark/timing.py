@@ -163,7 +163,7 @@ def compare_blocks(
     for what, value in (("seconds", seconds), ("min_rounds", min_rounds)):
         if value <= 0:
             raise ValueError(f"{what} {value} is not positive")
-    with _threads(threads) as count:
+    with cpu_threads(threads) as count:
         rounds = _Rounds(candidates, progress or _silent, failed)
         rounds.warm_up(warmup_seconds, block_seconds)
         rounds.run(seconds, min_rounds)
@@ -247,8 +247,12 @@ def _silent(step: str, done: float) -> None:
 
 
 @contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[int]:
-    """Set the number of CPU threads inside an operator, and set it back."""
+def cpu_threads(threads: int | None) -> Iterator[int]:
+    """Set the number of CPU threads inside an operator, None for what it is, and set it back.
+
+    Raises:
+        ValueError: a number below 1.
+    """
     if threads is not None and threads < 1:
         raise ValueError(f"threads {threads} is not a positive integer")
     before = torch.get_num_threads()

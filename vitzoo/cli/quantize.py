@@ -72,6 +72,7 @@ def quantize(
         from vitzoo.deploy import Thresholds, export_quantized, format_of, this_machine
         from vitzoo.deploy import quantize as quantized_by
         from vitzoo.export.files import write_text
+        from vitzoo.export.quantized import for_target
         from vitzoo.quantization.config import load_recipe
         from vitzoo.quantization.images import load_folder
 
@@ -80,8 +81,8 @@ def quantize(
         chosen = load_recipe(recipe)
         if error_budget is not None:
             chosen = dataclasses.replace(chosen, error_budget=error_budget)
-        if goal == "x86-avx2" and format_of(output).name != "torch-export":  # our own kernels do not saturate
-            chosen = dataclasses.replace(chosen, reduce_range=True)
+        if format_of(output).name != "torch-export":  # our own kernels do not saturate
+            chosen = for_target(chosen, goal)
         tell("build the model")
         built = create(model, img_size, settings, checkpoint).eval()
         found = load_folder(

@@ -1,4 +1,4 @@
-"""The main job on a real photograph: create, count, time, export, run and quantize one backbone of each category.
+"""The main job on a real photograph: create, count, time, export and run one backbone of each category.
 
 `run` prints tables and writes `demo.json`, `demo.html`, one page that needs nothing else; on request INT8 files too.
 """

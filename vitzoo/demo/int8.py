@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from vitzoo.deploy import GateError, Thresholds, export_quantized, quantize, this_machine
+from vitzoo.export.quantized import for_target
 from vitzoo.quantization.config import load_recipe
 
 RECIPE = "w8a8"  # "auto" measures every layer, minutes a model
 CALIBRATED, HELD_BACK = 16, 8
 BATCH = 8
 SEED = 0
+THRESHOLDS = Thresholds()
 
 
 def crops(model: nn.Module, photos: Iterable[Any], count: int, seed: int = SEED) -> Tensor:
@@ -43,7 +45,6 @@ def write_int8(
     path: Path,
     threads: int | None,
     tell: Callable[[str], None],
-    thresholds: Thresholds | None = None,
 ) -> dict[str, Any]:
     """Quantize a model and write its INT8 file, if the gate lets it pass.
 
@@ -53,7 +54,6 @@ def write_int8(
         path: the file, `*.onnx`.
         threads: of ONNX Runtime, PyTorch's number if None.
         tell: told the present step.
-        thresholds: of the gate, its own defaults if None.
 
     Returns:
         The gate's figures, with `file`, what was written, and `refused`, why it is the float file, else None.
@@ -61,12 +61,12 @@ def write_int8(
     images = crops(model, photos, CALIBRATED + HELD_BACK)
     target = this_machine()
     tell("quantize")
-    recipe = dataclasses.replace(load_recipe(RECIPE), reduce_range=target == "x86-avx2")
+    recipe = for_target(load_recipe(RECIPE), target)
     quantized = quantize(model, recipe, images[:CALIBRATED].split(BATCH), target=target)
     refused = None
     try:
         gate = export_quantized(
-            model, quantized, path, images[CALIBRATED:], target, thresholds, threads, BATCH, progress=tell
+            model, quantized, path, images[CALIBRATED:], target, THRESHOLDS, threads, BATCH, progress=tell
         )
     except GateError as error:
         gate, path, refused = error.gate, error.float_path, str(error)

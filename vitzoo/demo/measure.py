@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitzoo.benchmark.flops import count_flops
 from vitzoo.benchmark.machine import machine
-from vitzoo.benchmark.timing import compare
+from vitzoo.benchmark.timing import compare, cpu_threads
 from vitzoo.checkpoint import CheckpointError
 from vitzoo.demo.int8 import write_int8
 from vitzoo.demo.pictures import Figure, figures_of
@@ -76,12 +76,8 @@ def measure_models(
     Returns:
         The results as JSON takes them, and the pictures for the page.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or before)
-    try:
+    with cpu_threads(settings.threads):
         return _measured(list(names), settings, tell)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measured(names: list[str], settings: Settings, tell: Tell) -> tuple[dict[str, Any], list[Figure]]:

@@ -22,10 +22,11 @@ from vitzoo.benchmark.machine import this_machine
 from vitzoo.benchmark.models import create_for, input_size
 from vitzoo.benchmark.results import Recorder, Row
 from vitzoo.benchmark.run import header, stamp
-from vitzoo.benchmark.timing import Progress
+from vitzoo.benchmark.timing import Progress, cpu_threads
 from vitzoo.deploy.exported import read_exported
 from vitzoo.deploy.labelled import LabelledFolder, collate
 from vitzoo.export.check import open_session, run_session
+from vitzoo.export.common import evaluation_mode
 from vitzoo.export.notes import PREPROCESSING
 
 SATURATES = (
@@ -147,7 +148,7 @@ def validate(
         raise ValueError(
             f"preprocessing has {', '.join(unknown)}, expected some of {', '.join(PREPROCESSING)}"
         )
-    with Recorder(output, force) as recorder, _threads(threads):
+    with Recorder(output, force) as recorder, cpu_threads(threads):
         tell("open the model", 0.0)
         if is_file(model):
             if device != "cpu" or kwargs:
@@ -170,16 +171,6 @@ def is_file(model: object) -> bool:
 
 
 @contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
 def _module(
     model: Any, kwargs: dict[str, Any], img_size: ImgSize | None, changes: dict[str, Any], device: str
 ) -> Iterator[_Subject]:
@@ -194,9 +185,7 @@ def _module(
     if classes < 2:
         raise ValueError(f"{name} has num_classes {classes}: it is no classifier")
     place = next((p.device for p in module.parameters()), torch.device(device))
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
+    with evaluation_mode(module):
         yield _Subject(
             name=name,
             run=lambda x: module(x.to(place)).float().cpu(),
@@ -205,9 +194,6 @@ def _module(
             params=sum(p.numel() for p in module.parameters()),
             label_names=cfg.get("label_names"),
         )
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @contextlib.contextmanager

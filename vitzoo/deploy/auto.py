@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, fx, nn
 
 from vitzoo.benchmark.machine import this_machine
 from vitzoo.deploy.times import layer_times
-from vitzoo.export.quantized import check_target
+from vitzoo.export.quantized import check_target, for_target
 from vitzoo.quantization import api
 from vitzoo.quantization.config import Recipe, load_recipe
 from vitzoo.quantization.graph import Site
@@ -58,8 +57,8 @@ def quantize(
     check_target(goal)
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     automatic = chosen.activations == "auto"
-    if automatic and goal == "x86-avx2":
-        chosen = dataclasses.replace(chosen, reduce_range=True)
+    if automatic:
+        chosen = for_target(chosen, goal)
     slower = U8_ON_AVX2 if goal == "x86-avx2" and this_machine() != goal else 1.0
 
     def clock(

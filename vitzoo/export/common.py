@@ -7,8 +7,9 @@ import functools
 import importlib.util
 import io
 import logging
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,31 @@ class Subject:
         """Return axis -> name of the input's dynamic ones."""
         return {0: "batch", 2: "height", 3: "width"} if self.dynamic_size else {0: "batch"}
 
+    def report(
+        self,
+        path: Path,
+        format: str,
+        opset: int | None,
+        nodes: Mapping[str, int],
+        size_bytes: int,
+        difference: float | None,
+        start: float,
+    ) -> ExportReport:
+        """Return the report of an export that began at `start` of `time.perf_counter`; see its fields."""
+        return ExportReport(
+            path=path,
+            format=format,
+            opset=opset,
+            input_size=self.size,
+            dynamic_size=self.dynamic_size,
+            outputs=self.outputs,
+            nodes=dict(sorted(nodes.items())),
+            size_bytes=size_bytes,
+            batches=() if difference is None else CHECKED_BATCHES,
+            max_relative_difference=difference,
+            seconds=time.perf_counter() - start,
+        )
+
     def check(self, run: Run, runtime: str, draws: int, tell: Progress) -> float:
         """Compare an exported file with the model.
 
@@ -168,7 +194,7 @@ def subject(
         Exception: whatever the model raises for an input of that size.
     """
     model = getattr(model, "_orig_mod", model)
-    with _as_exported(model):
+    with evaluation_mode(model):
         size = _input_size(model, input_size)
         tell("run the model")
         # an input the model refuses is refused here, in the model's words; eager code fills its caches too
@@ -270,7 +296,7 @@ def _output_names(model: nn.Module, count: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def _as_exported(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode without gradients, and every module back into its own mode after."""
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from vitzoo._version import __version__
 from vitzoo.export.check import DISCONTINUOUS, open_session, run_session
 from vitzoo.export.common import (
-    CHECKED_BATCHES,
     ExportError,
     ExportReport,
     Progress,
@@ -32,6 +31,7 @@ from vitzoo.export.common import (
     subject,
 )
 from vitzoo.export.files import publish, scratch_folder
+from vitzoo.export.notes import PREPROCESSING
 from vitzoo.layers.attention import PlainAttention
 
 OPSETS = (18, 23)
@@ -99,19 +99,7 @@ def export_onnx(
             difference = exported.check(_runner(written), "ONNX Runtime", draws, tell)
         size_bytes = folder_bytes(folder)
         publish(folder, target)
-    return ExportReport(
-        path=target,
-        format="onnx",
-        opset=opset,
-        input_size=exported.size,
-        dynamic_size=dynamic_size,
-        outputs=exported.outputs,
-        nodes=dict(sorted(nodes.items())),
-        size_bytes=size_bytes,
-        batches=CHECKED_BATCHES if check else (),
-        max_relative_difference=difference,
-        seconds=time.perf_counter() - start,
-    )
+    return exported.report(target, "onnx", opset, nodes, size_bytes, difference, start)
 
 
 def _runner(path: Path) -> Callable[[Tensor], list[Tensor]]:
@@ -193,10 +181,7 @@ def describe(
         "vitzoo.version": __version__,
         "architecture": cfg.get("architecture") or type(model).__name__,
         "input_size": size,
-        "mean": data["mean"],
-        "std": data["std"],
-        "interpolation": data["interpolation"],
-        "crop_pct": data["crop_pct"],
+        **{key: data[key] for key in PREPROCESSING},
         **(more or {}),
     }
     graph_model.metadata_props.update({key: str(value) for key, value in notes.items()})

@@ -5,6 +5,7 @@ An IR is two files, `NAME.xml` and `NAME.bin`. Weights keep float32; OpenVINO wo
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -89,13 +90,10 @@ def export_openvino(
                 difference = exported.check(open_openvino(written), "OpenVINO", draws, tell)
         size_bytes = folder_bytes(folder)
         publish(folder, target)
-    return ExportReport(
+    return dataclasses.replace(
+        report,
         path=target,
         format="openvino",
-        opset=opset,
-        input_size=report.input_size,
-        dynamic_size=dynamic_size,
-        outputs=report.outputs,
         nodes=nodes,
         size_bytes=size_bytes,
         batches=CHECKED_BATCHES if check else (),

@@ -20,7 +20,6 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree
 
 from vitzoo.export.common import (
-    CHECKED_BATCHES,
     ExportError,
     ExportReport,
     Progress,
@@ -91,19 +90,7 @@ def export_program(
         size_bytes = written.stat().st_size
         publish(folder, target)
     nodes = Counter(_name(node.target) for node in program.graph.nodes if node.op == "call_function")
-    return ExportReport(
-        path=target,
-        format="torch-export",
-        opset=None,
-        input_size=exported.size,
-        dynamic_size=dynamic_size,
-        outputs=exported.outputs,
-        nodes=dict(sorted(nodes.items())),
-        size_bytes=size_bytes,
-        batches=CHECKED_BATCHES if check else (),
-        max_relative_difference=difference,
-        seconds=time.perf_counter() - start,
-    )
+    return exported.report(target, "torch-export", None, nodes, size_bytes, difference, start)
 
 
 def load(path: str | os.PathLike[str]) -> Run:
