@@ -176,6 +176,30 @@ def test_openvino_counts_attention_and_refuses_what_it_cannot_see(model: nn.Modu
 
 
 @NEEDS_OPENVINO
+def test_compiled_models_may_go_in_any_order(model: nn.Module, tmp_path: Path) -> None:
+    """OpenVINO's stack for signal handlers outlives them: a child's end once ended the process."""
+    vitzoo.export_openvino(model, tmp_path / "m.xml", SIZE, check=False)
+    code = """
+import signal, subprocess
+from vitzoo.export.openvino import compile_openvino
+first, second = compile_openvino("m.xml"), compile_openvino("m.xml")
+del first
+del second
+handled = []
+signal.signal(signal.SIGCHLD, lambda *args: handled.append(args))
+subprocess.run(["true"], capture_output=True)
+assert handled
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-X", "faulthandler", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+@NEEDS_OPENVINO
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kwargs"),

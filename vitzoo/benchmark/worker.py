@@ -220,9 +220,9 @@ def _preload(case: Case) -> None:
     elif case.runtime == "onnxruntime":
         import onnxruntime  # noqa: F401
     elif case.runtime == "openvino":
-        import openvino
+        from vitzoo.export.openvino import core
 
-        openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
+        core().get_property("CPU", "FULL_DEVICE_NAME")
     if case.device.startswith("cuda"):
         torch.cuda.init()
 

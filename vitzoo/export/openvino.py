@@ -6,6 +6,7 @@ An IR is two files, `NAME.xml` and `NAME.bin`. Weights keep float32; OpenVINO wo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import time
@@ -102,6 +103,19 @@ def export_openvino(
     )
 
 
+@functools.cache
+def core() -> Any:
+    """Return the process's one `openvino.Core`, which is never released.
+
+    A core's CPU plugin gives the thread that loads it a stack for signal handlers, and puts the one before back when it
+    goes. Two cores that go in the order in which they came leave the thread on freed memory, and the next signal with a
+    handler ends the process: the SIGCHLD of any subprocess, once a DataLoader had workers (OpenVINO 2026.4.1).
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def convert_onnx(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> dict[str, int]:
     """Convert an ONNX file, float or quantized, to an IR; its numbers are for the caller to check.
 
@@ -123,7 +137,7 @@ def convert_onnx(source: str | os.PathLike[str], path: str | os.PathLike[str]) -
     target = Path(path)
     _check_suffix(target)
     try:
-        model = openvino.Core().read_model(str(source))
+        model = core().read_model(str(source))
     except RuntimeError as error:
         missing = re.search(r"No conversion rule found for operations: (.*)", str(error))
         cause = f"it has no operation for {missing[1]}" if missing else first_cause(error)
@@ -169,8 +183,6 @@ def compile_openvino(path: str | os.PathLike[str], threads: int | None = None, p
         profile: record what is executed, and leave attention in separate products: fused ones are out of sight.
     """
     require(["openvino"], "OpenVINO as a runtime")
-    import openvino
-
     # without the precision hint, processors with bfloat16 run in it and nothing would say so
     config: dict[str, Any] = {
         "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
@@ -179,9 +191,8 @@ def compile_openvino(path: str | os.PathLike[str], threads: int | None = None, p
     }
     if profile:
         config |= {"PERF_COUNT": True, "SNIPPETS_MODE": "DISABLE"}
-    core = openvino.Core()
     try:
         # the batch stays dynamic: a graph with a scan reshaped to a fixed one gives wrong numbers in 2026.4.1
-        return core.compile_model(core.read_model(str(path)), "CPU", config)
+        return core().compile_model(core().read_model(str(path)), "CPU", config)
     except RuntimeError as error:
         raise ExportError(f"OpenVINO cannot run {path}: {first_cause(error)}") from error
