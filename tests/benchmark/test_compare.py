@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import vitzoo
 from vitzoo.benchmark.compare import compare_files
 from vitzoo.benchmark.results import SCHEMA_VERSION, Recorder
+from vitzoo.benchmark.statistics import Ratio, change, ratio_of_medians
 from vitzoo.cli import app
 
 
@@ -92,6 +93,57 @@ def test_two_runs_of_the_same_agree_within_their_intervals(tmp_path: Path) -> No
     comparison = compare_files(_written(tmp_path / "a", rows), _written(tmp_path / "b", again))
     assert sum(bool(d.verdict) for d in comparison.differences) <= 2
     assert all(d.ratio.low < d.ratio.value < d.ratio.high for d in comparison.differences)
+
+
+def test_a_slower_machine_is_no_slower_model(tmp_path: Path) -> None:
+    """A run on a machine at 80% of its speed differs in every time, and in no ratio to the baseline."""
+    slow = np.exp(np.random.default_rng(7).normal(0, 0.2, 400))  # of every round, whichever model runs
+    files, speeds = [], {"same": (1, 1), "slower": (1, 0.9), "base": (1, 1)}
+    for number, machine in enumerate((1, 0.8)):
+        rows = {
+            label: _noise(10 * number + i, 400) * slow / machine / of[number]
+            for i, (label, of) in enumerate(speeds.items())
+        }
+        path = _written(tmp_path / str(number), rows, measure={"confidence": 0.99})
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines[1:]:
+            ratio = ratio_of_medians(rows["base"], rows[line["label"]], paired=True)
+            line |= {
+                "ratio": ratio.value,
+                "ratio_low": ratio.low,
+                "ratio_high": ratio.high,
+                "ratio_to": "base",
+            }
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        files.append(path)
+    found = {d.row["label"]: d for d in compare_files(*files).differences}
+    assert {label: d.verdict for label, d in found.items()} == dict.fromkeys(speeds, "slower")
+    assert {label: d.relative_verdict for label, d in found.items()} == {
+        "same": "",
+        "slower": "slower",
+        "base": "",
+    }
+    assert found["slower"].relative.low < 0.9 < found["slower"].relative.high
+    assert found["base"].relative is None
+    shown = json.loads(CliRunner().invoke(app, ["compare", *map(str, files), "--json"]).stdout)["differences"]
+    assert [d["relative_verdict"] for d in shown] == ["", "slower", ""]
+    assert [d["relative"] and d["relative"]["value"] for d in shown] == [
+        d.relative and d.relative.value for d in found.values()
+    ]
+
+
+def test_the_interval_of_a_change_covers_it_as_often_as_it_says() -> None:
+    random, covered = np.random.default_rng(0), 0
+    for _ in range(2000):
+        drawn = np.exp(random.normal(0, (0.02, 0.05)))
+        ends = [
+            Ratio(x, x * np.exp(-1.96 * s), x * np.exp(1.96 * s), 0.95)
+            for x, s in zip(drawn, (0.02, 0.05), strict=True)
+        ]
+        covered += not change(*ends).differs
+    assert 0.94 < covered / 2000 < 0.96
+    with pytest.raises(ValueError, match=r"intervals of 0\.9 and 0\.95 are not alike"):
+        change(Ratio(1, 1, 1, 0.9), Ratio(1, 1, 1, 0.95))
 
 
 def test_rows_are_matched_and_machines_told_apart(tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Two result files set side by side: ratios with intervals, and a verdict only where the interval excludes 1."""
+"""Two result files set side by side: ratios with intervals, and a verdict only where the interval excludes 1.
+
+Times of two runs differ by what the machine did meanwhile too. A ratio to a model timed in the same rounds does not, so
+that its change from one file to the other speaks of the model.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitzoo.benchmark.results import Results, Row, read_results
-from vitzoo.benchmark.statistics import Ratio, ratio_of_medians
+from vitzoo.benchmark.statistics import Ratio, change, ratio_of_medians
 
 # what makes two rows the same measurement
 MATCHED = (
@@ -38,6 +42,8 @@ class Difference:
         row: the row of the first file, without samples.
         before, after: median seconds a call; None where that row has an error.
         ratio: before / after, above 1 where the second file is the faster; None where either row has an error.
+        relative: the same of the speed beside the row's baseline, which was timed in the same rounds, by the intervals
+            that the rows state; None where either row has none or the files have different ones.
         memory: peak memory of the first over that of the second, None where either has none; it has no interval.
         note: error of either row.
     """
@@ -46,21 +52,29 @@ class Difference:
     before: float | None
     after: float | None
     ratio: Ratio | None
+    relative: Ratio | None
     memory: float | None
     note: str
 
     @property
     def verdict(self) -> str:
         """What the second file's model is, `faster` or `slower`, by an interval that excludes 1; empty otherwise."""
-        if self.ratio is None or not self.ratio.differs:
-            return ""
-        return "faster" if self.ratio.low > 1 else "slower"
+        return "" if self.ratio is None else self.ratio.verdict
+
+    @property
+    def relative_verdict(self) -> str:
+        """The same beside its baseline."""
+        return "" if self.relative is None else self.relative.verdict
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as JSON takes them."""
-        ratio = None if self.ratio is None else asdict(self.ratio)
-        ratio = ratio and {k: None if math.isnan(v) else v for k, v in ratio.items()}
-        return {**asdict(self), "ratio": ratio, "verdict": self.verdict}
+        ratios = {"ratio": _plain(self.ratio), "relative": _plain(self.relative)}
+        return {
+            **asdict(self),
+            **ratios,
+            "verdict": self.verdict,
+            "relative_verdict": self.relative_verdict,
+        }
 
 
 @dataclass(frozen=True)
@@ -102,8 +116,9 @@ def compare_files(
         raise ValueError(f"confidence {confidence} is not between 0 and 1")
     a, b = read_results(first), read_results(second)
     before, after = _keyed(a.rows), _keyed(b.rows)
+    stated = a.header.get("measure", {}).get("confidence"), b.header.get("measure", {}).get("confidence")
     return Comparison(
-        [_difference(row, after[key], confidence) for key, row in before.items() if key in after],
+        [_difference(row, after[key], confidence, stated) for key, row in before.items() if key in after],
         [row["label"] for key, row in before.items() if key not in after],
         [row["label"] for key, row in after.items() if key not in before],
         _machines(a, b),
@@ -122,7 +137,15 @@ def _keyed(rows: Iterable[Row]) -> dict[Key, Row]:
     return found
 
 
-def _difference(before: Row, after: Row, confidence: float) -> Difference:
+def _plain(ratio: Ratio | None) -> dict[str, float | None] | None:
+    if ratio is None:
+        return None
+    return {k: None if math.isnan(v) else v for k, v in asdict(ratio).items()}
+
+
+def _difference(
+    before: Row, after: Row, confidence: float, stated: tuple[float | None, float | None]
+) -> Difference:
     shown = {k: v for k, v in before.items() if k != "samples_s"}
     notes = [
         f"{which}: {row['error']}" for which, row in (("first", before), ("second", after)) if "error" in row
@@ -133,9 +156,22 @@ def _difference(before: Row, after: Row, confidence: float) -> Difference:
         _median(before),
         _median(after),
         None if notes else ratio_of_medians(before["samples_s"], after["samples_s"], confidence),
+        _relative(before, after, stated),
         peaks[0] / peaks[1] if peaks[0] and peaks[1] else None,
         "; ".join(notes),
     )
+
+
+def _relative(before: Row, after: Row, stated: tuple[float | None, float | None]) -> Ratio | None:
+    base = before.get("ratio_to")
+    if base is None or base == before["label"] or base != after.get("ratio_to") or stated[0] != stated[1]:
+        return None
+    return change(*(_stated(row, stated[0] or math.nan) for row in (before, after)))
+
+
+def _stated(row: Row, confidence: float) -> Ratio:
+    low, high = (math.nan if row[end] is None else row[end] for end in ("ratio_low", "ratio_high"))
+    return Ratio(row["ratio"], low, high, confidence)
 
 
 def _median(row: Row) -> float | None:

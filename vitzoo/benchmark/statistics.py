@@ -33,6 +33,13 @@ class Ratio:
         """Whether the interval excludes 1."""
         return self.low > 1 or self.high < 1
 
+    @property
+    def verdict(self) -> str:
+        """`faster` or `slower`, where the interval excludes 1; empty otherwise."""
+        if not self.differs:
+            return ""
+        return "faster" if self.low > 1 else "slower"
+
 
 def ratio_of_medians(
     first: Sequence[float], second: Sequence[float], confidence: float = 0.99, paired: bool = False
@@ -64,6 +71,23 @@ def ratio_of_medians(
     low, high = _interval(*blocks, confidence, paired)
     # with few blocks the point estimate, which uses the left-over rounds too, may fall just outside
     return Ratio(value, min(low, value), max(high, value), confidence)
+
+
+def change(before: Ratio, after: Ratio) -> Ratio:
+    """Return after / before of two independent ratios, with an interval from theirs.
+
+    The limits are those of the method of variance estimates recovery, on logarithms (Zou and Donner, "Construction of
+    confidence intervals about a difference", Statistics in Medicine 27, 2008, equation 8).
+
+    Raises:
+        ValueError: intervals of different confidence.
+    """
+    if before.confidence != after.confidence:
+        raise ValueError(f"intervals of {before.confidence} and {after.confidence} are not alike")
+    b, b_low, b_high = (math.log(x) for x in (before.value, before.low, before.high))
+    a, a_low, a_high = (math.log(x) for x in (after.value, after.low, after.high))
+    low, high = a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
+    return Ratio(math.exp(a - b), math.exp(low), math.exp(high), after.confidence)
 
 
 def _blocks(samples: np.ndarray) -> np.ndarray:

@@ -213,6 +213,8 @@ def compare(
         "ratio",
         f"{confidence:.0%} interval",
         "verdict",
+        "beside baseline",
+        "verdict",
         "memory",
     ]
     print_table(
@@ -231,8 +233,14 @@ def _compared(difference: Any) -> list[Any]:
     ratio = difference.ratio
     start = [difference.row["label"], setting(difference.row)]
     if ratio is None:
-        return [*start, difference.note, *[None] * 5]
-    interval = None if ratio.low != ratio.low else f"{ratio.low:.3f}-{ratio.high:.3f}"
+        return [*start, difference.note, *[None] * 7]
+    interval = _interval(ratio)
+    beside = difference.relative and f"{difference.relative.value:.3f} ({_interval(difference.relative)})"
     memory = None if difference.memory is None else f"{difference.memory:.2f}x"
     times = [f"{1e3 * seconds:.2f}" for seconds in (difference.before, difference.after)]
-    return [*start, *times, f"{ratio.value:.3f}", interval, difference.verdict or None, memory]
+    verdicts = difference.verdict or None, difference.relative_verdict or None
+    return [*start, *times, f"{ratio.value:.3f}", interval, verdicts[0], beside, verdicts[1], memory]
+
+
+def _interval(ratio: Any) -> str | None:
+    return None if ratio.low != ratio.low else f"{ratio.low:.3f}-{ratio.high:.3f}"
