@@ -88,6 +88,32 @@ def test_operators_of_ours_carry_relevance_as_the_torch_operations_they_stand_fo
             torch.testing.assert_close(*sums, rtol=1e-6, atol=1e-9)
 
 
+class _Gated(nn.Module):
+    """A convolution and a squeeze-and-excitation gate, with activations in place as timm's convolutional nets have."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.first, self.reduce, self.expand = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.act, self.inner, self.head = nn.ReLU(inplace), nn.Hardswish(inplace), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.first(x))
+        gate = self.expand(self.inner(self.reduce(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return self.head((x * gate).mean((2, 3)))
+
+
+def test_activations_in_place_carry_the_same_relevance() -> None:
+    torch.manual_seed(0)
+    plain, in_place = _Gated(inplace=False).double().eval(), _Gated(inplace=True).double().eval()
+    in_place.load_state_dict(plain.state_dict())
+    layers = ["first", "reduce", "expand", "head"]
+    x = image((2, 3, 16, 16)).double()
+    expected, found = (layer_relevance(model, x, layers) for model in (plain, in_place))
+    for name in layers:
+        for ours, wanted in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=0, atol=0)
+
+
 def test_an_unknown_layer_is_refused() -> None:
     model, _ = _golden_model()
     with pytest.raises(ValueError, match=r"no layer blocks\.9"):

@@ -127,6 +127,8 @@ class _Rules(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if kwargs.get("inplace"):
+            kwargs["inplace"] = False  # the rule of what wrote the input still needs it
         reference = _reference_of(func)
         if reference is not None:
             with self:  # the rules hold for the torch operations that an operator of ours stands for
