@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import shutil
 import warnings
@@ -19,8 +20,10 @@ from typer.testing import CliRunner
 import vitzoo
 from vitzoo.benchmark.results import read_results, read_rows
 from vitzoo.cli import app
-from vitzoo.deploy import Thresholds, accuracy, export_quantized
+from vitzoo.deploy import Thresholds, accuracy, export_model, export_quantized
 from vitzoo.deploy.exported import read_exported
+from vitzoo.export import ExportError
+from vitzoo.export.openvino import convert_onnx
 from vitzoo.export.quantized import write_quantized
 from vitzoo.quantization.api import QuantizedModel, quantize
 from vitzoo.quantization.config import Recipe
@@ -28,6 +31,10 @@ from vitzoo.testing import image
 
 pytest.importorskip("onnxruntime", reason="needs the ONNX packages: pip install 'vitzoo[onnx]'")
 
+NEEDS_OPENVINO = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="needs OpenVINO: pip install 'vitzoo[openvino]'"
+)
+ANYTHING = Thresholds(coverage=0, speed=0)
 CLASSES = ("1", "2", "10", "11", "20", "100")  # in timm's order, which is not the alphabet's
 SIDE = 16
 EXPECTED = {"top1": 75.0, "top1_err": 25.0, "top5": 95.8333, "top5_err": 4.1667}
@@ -79,10 +86,12 @@ def model() -> nn.Module:
     return Grey()
 
 
+LEVELS = torch.linspace(-1, 1, 64)[:, None, None, None].expand(-1, 3, SIDE, SIDE)
+
+
 @pytest.fixture(scope="module")
 def quantized(model: nn.Module) -> QuantizedModel:
-    levels = torch.linspace(-1, 1, 64)[:, None, None, None].expand(-1, 3, SIDE, SIDE)
-    return quantize(model, Recipe("w8a8"), levels.split(8))
+    return quantize(model, Recipe("w8a8"), LEVELS.split(8))
 
 
 def _validate(model: Any, folder: Path, **more: Any) -> dict[str, Any]:
@@ -122,8 +131,7 @@ def test_a_quantized_file_and_its_json_file(
     model: nn.Module, quantized: QuantizedModel, folder: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "m.onnx"
-    anything = Thresholds(coverage=0, speed=0)
-    export_quantized(model, quantized, path, image((4, 3, SIDE, SIDE)), "x86-avx2", anything)
+    export_quantized(model, quantized, path, image((4, 3, SIDE, SIDE)), "x86-avx2", ANYTHING)
     assert _validate(path, folder).items() >= EXPECTED.items()
     beside = json.loads(path.with_suffix(".json").read_text())
     # what it says of preprocessing counts, and its labels number the folders
@@ -139,6 +147,62 @@ def test_a_quantized_file_and_its_json_file(
     path.with_suffix(".json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         _validate(path, folder)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".xml", marks=NEEDS_OPENVINO)])
+def test_archives_and_irs(suffix: str, model: nn.Module, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"m{suffix}"
+    export_model(model, path, input_size=SIDE)
+    row = _validate(path, folder)
+    told = {**EXPECTED, "model": path.name, "crop_pct": 1.0, "interpolation": "bilinear", "saturates": False}
+    assert row.items() >= told.items()
+    file = read_exported(path)
+    assert (file.shape, file.num_classes, file.target) == ((None, 3, SIDE, SIDE), 6, None)
+    assert file.params >= 24
+    with pytest.raises(ValueError, match="takes images of 16x16, not 32x32"):
+        _validate(path, folder, img_size=32)
+    other = tmp_path / f"int8{suffix}"
+    quantized = quantize(model, Recipe("w7a8", reduce_range=True), LEVELS.split(8))
+    export_quantized(model, quantized, other, image((4, 3, SIDE, SIDE)), "x86-avx2", ANYTHING)
+    assert _validate(other, folder).items() >= {**EXPECTED, "saturates": False}.items()
+    assert read_exported(other).target == "x86-avx2"
+    if suffix == ".xml":  # what holds its weights is a part of it
+        weights = other.with_suffix(".bin")
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ValueError, match=r"describes another file than .*int8\.bin"):
+            _validate(other, folder)
+        weights.unlink()
+        with pytest.raises(FileNotFoundError, match=r"there is no .*int8\.bin, which is a part of"):
+            _validate(other, folder)
+        other.with_suffix(".json").unlink()
+        with pytest.raises(FileNotFoundError, match=r"there is no .*int8\.bin, which has the weights of"):
+            _validate(other, folder)
+    path.with_suffix(".json").unlink()
+    if suffix == ".pt2":  # an archive has its own copy
+        assert _validate(path, folder).items() >= told.items()
+    else:
+        with pytest.raises(ValueError, match=r"there is no m\.json beside it: give mean and std"):
+            _validate(path, folder)
+    path.write_text("nothing")
+    with pytest.raises(ExportError, match=r"cannot (load|read) .*m"):
+        _validate(path, folder)
+
+
+@NEEDS_OPENVINO
+@pytest.mark.parametrize("name", ["full", "reduced"])
+def test_an_ir_for_vnni_is_told_from_one_for_avx2(
+    files: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = tmp_path / "m.xml"
+    convert_onnx(files / f"{name}.onnx", path)
+    assert len(read_exported(path).saturates) == 2 * (name == "full")
+    monkeypatch.setattr(accuracy, "this_machine", lambda: "x86-avx2")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        row = _validate(path, folder, preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3})
+    assert row["saturates"] == (name == "full")
+    assert ["saturates silently" in str(w.message) for w in said] == [True] * (name == "full")
 
 
 def test_a_foreign_file_needs_to_be_told(model: nn.Module, folder: Path, tmp_path: Path) -> None:

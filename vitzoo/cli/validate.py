@@ -39,7 +39,9 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
     "`vitzoo validate litv2_small_int8.onnx --data val -o accuracy.jsonl`"
 )
 def validate(
-    model: Annotated[str, typer.Argument(help="Model name, model.tag, or an exported FILE.onnx.")],
+    model: Annotated[
+        str, typer.Argument(help="Model name, model.tag, or an exported FILE: .onnx, .pt2, .xml.")
+    ],
     data: Annotated[Path, typer.Option(help="Folder with one subfolder a class.")],
     checkpoint: Weights = None,
     pretrained: Annotated[bool, typer.Option(help="Download the published weights.")] = False,

@@ -24,8 +24,8 @@ from vitzoo.benchmark.results import Recorder, Row
 from vitzoo.benchmark.run import header, stamp
 from vitzoo.benchmark.timing import Progress, cpu_threads
 from vitzoo.deploy.exported import read_exported
+from vitzoo.deploy.formats import FORMATS, format_of
 from vitzoo.deploy.labelled import LabelledFolder, collate
-from vitzoo.export.check import open_session, run_session
 from vitzoo.export.common import evaluation_mode
 from vitzoo.export.notes import PREPROCESSING
 
@@ -117,7 +117,8 @@ def validate(
     the model's own label names, by ImageNet's synsets, or, where there are as many of them as classes, in timm's order.
 
     Args:
-        model: a module; a name, for which one is created; or an ONNX file, run in ONNX Runtime on the CPU.
+        model: a module; a name, for which one is created; or a file, run on the CPU: `*.onnx` in ONNX Runtime,
+            `*.pt2` in PyTorch, `*.xml` in OpenVINO.
         data: folder with one subfolder a class.
         kwargs: constructor arguments for a name, `{"pretrained": True}` among them.
         img_size: side in pixels or (H, W); the model's own if None.
@@ -136,7 +137,8 @@ def validate(
         The result.
 
     Raises:
-        ImportError: an ONNX package is missing; the message has the line that installs it.
+        ExportError: an archive or an IR that cannot be loaded.
+        ImportError: a package is missing; the message has the line that installs it.
         OSError: a folder or file that does not exist, an output that cannot be written.
         UnknownModelError: no such model, with close matches.
         ValueError: folders and classes that do not fit each other, no image that can be read, a file that does not say
@@ -167,7 +169,7 @@ def validate(
 
 def is_file(model: object) -> bool:
     """Return whether a model is named by a file that was exported from it."""
-    return isinstance(model, str | os.PathLike) and Path(model).suffix.lower() == ".onnx"
+    return isinstance(model, str | os.PathLike) and Path(model).suffix.lower() in [f.suffix for f in FORMATS]
 
 
 @contextlib.contextmanager
@@ -221,11 +223,11 @@ def _file(path: Path, img_size: ImgSize | None, changes: dict[str, Any]) -> Iter
     if wrong:
         made = f" (it was made for {file.target})" if file.target else ""
         warnings.warn(SATURATES.format(path=path, made=made, here=here), stacklevel=4)
-    session = open_session(path)
+    opened = format_of(path).open(path, None)
 
     def run(x: Tensor) -> Tensor:
         padded = x if batch is None or len(x) == batch else x[torch.arange(batch) % len(x)]
-        return run_session(session, padded)[0][: len(x)]
+        return opened(padded)[0][: len(x)]
 
     yield _Subject(
         name=path.name,

@@ -1,40 +1,34 @@
-"""What an exported ONNX file says of itself: how images are prepared, its classes, and who may run it.
+"""What an exported file says of itself: how images are prepared, its classes, and who may run it.
 
-Facts stand in the JSON file that `vitzoo.deploy` writes beside a file, and in the notes that each file of ours carries.
+Facts stand in the JSON file that `vitzoo.deploy` writes beside a file, and in the notes that ONNX files and archives of
+ours carry.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from vitzoo.benchmark.runtimes import file_facts
+from vitzoo.deploy.saturation import saturating_nodes, saturating_operations
 from vitzoo.export.notes import PREPROCESSING, sha256
 from vitzoo.export.onnx import require_packages
+from vitzoo.export.openvino import read_ir
+from vitzoo.export.program import open_program
 
-# products with integer kernels -> places of activation and weight; Q and DQ nodes stand before the others
-_INTEGER = {
-    "MatMulInteger": (0, 1),
-    "ConvInteger": (0, 1),
-    "QLinearMatMul": (0, 3),
-    "QLinearConv": (0, 3),
-    "QGemm": (0, 3),
-    "MatMulIntegerToFloat": (0, 1),
-    "DynamicQuantizeMatMul": (0, 1),
-}
-_FLOATING = ("Conv", "Gemm", "MatMul")
-_AVX2_LEAST, _AVX2_MOST = -64, 63
+Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """An ONNX classifier.
+    """A classifier in a file.
 
     Attributes:
         path: the file.
@@ -44,12 +38,11 @@ class ExportedFile:
         label_names: the classes, if they are known.
         target: whom it was made for, if it is known.
         params: elements of its constants, tables and scales included.
-        saturates: names of products of unsigned activations and full-range int8 weights: CPUs with AVX2 and without
-            VNNI sum pairs of them in 16 bits, which saturates silently.
+        saturates: names of products that CPUs with AVX2 and without VNNI get wrong; see `vitzoo.deploy.saturation`.
     """
 
     path: Path
-    shape: tuple[int | None, ...]
+    shape: Shape
     num_classes: int | None
     preprocessing: dict[str, Any]
     label_names: list[str] | None
@@ -59,55 +52,120 @@ class ExportedFile:
 
 
 def read_exported(path: str | Path) -> ExportedFile:
-    """Read an ONNX file, its notes and the JSON file of its stem, if there is one.
+    """Read a file of any of our formats, its notes and the JSON file of its stem, if there is one.
 
     Args:
-        path: `*.onnx`.
+        path: `*.onnx`, `*.pt2` or `*.xml`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ImportError: onnx is missing; the message has the line that installs it.
-        ValueError: not an ONNX file, a JSON file that describes another file, or no single image input and one output.
+        ExportError: an archive or an IR that cannot be loaded.
+        FileNotFoundError: there is no such file, or no weights beside an IR.
+        ImportError: a package is missing; the message has the line that installs it.
+        ValueError: another suffix, not such a file, a JSON file that describes another one, or other than one input of
+            images and one output.
     """
-    require_packages(check=True)
-    import onnx
-
     path = Path(path)
+    if path.suffix.lower() not in _READERS:
+        raise ValueError(f"{path} is none of {', '.join(f'*{suffix}' for suffix in _READERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    try:
-        model = onnx.load(str(path))
-    except Exception as error:  # protobuf's own classes, which differ between its versions
-        raise ValueError(f"{path} is not an ONNX file: {error}") from error
-    graph = model.graph
-    constants = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in constants]
-    if len(inputs) != 1 or len(graph.output) != 1:
+    beside = _sidecar(path)
+    graph = _READERS[path.suffix.lower()](path)
+    if len(graph.inputs) != 1 or len(graph.outputs) != 1:
         raise ValueError(
-            f"{path} has {len(inputs)} inputs and {len(graph.output)} outputs, expected images and logits"
+            f"{path} has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, expected images and logits"
         )
-    shape, logits = _shape(inputs[0]), _shape(graph.output[0])
+    shape, logits = graph.inputs[0], graph.outputs[0]
     if len(shape) != 4:
         raise ValueError(f"{path} takes input of {len(shape)} axes, expected images (B, C, H, W)")
     if len(logits) != 2:
         raise ValueError(f"{path} gives output of {len(logits)} axes, expected logits (B, classes)")
-    notes = _notes({entry.key: entry.value for entry in model.metadata_props})
-    facts = _sidecar(path)
-    known = {**notes, **facts.get("preprocessing", {})}
+    facts = {**graph.facts, **beside}
+    known = {**graph.facts.get("preprocessing", {}), **beside.get("preprocessing", {})}
     return ExportedFile(
         path=path,
         shape=shape,
         num_classes=logits[1] or facts.get("num_classes"),
         preprocessing={key: known[key] for key in PREPROCESSING if known.get(key) is not None},
         label_names=facts.get("label_names"),
-        target=facts.get("target") or notes.get("vitzoo.target"),
-        params=round(1e6 * file_facts(path)["param_count"]),
-        saturates=tuple(_saturating(graph)),
+        target=facts.get("target"),
+        params=graph.params,
+        saturates=tuple(graph.saturates),
     )
 
 
-def _shape(value: Any) -> tuple[int | None, ...]:
-    return tuple(d.dim_value or None for d in value.type.tensor_type.shape.dim)
+@dataclass(frozen=True)
+class _Graph:
+    """What a reader finds: free sizes as None, facts as the JSON file has them."""
+
+    inputs: list[Shape]
+    outputs: list[Shape]
+    facts: dict[str, Any]
+    params: int
+    saturates: list[str]
+
+
+def _read_onnx(path: Path) -> _Graph:
+    require_packages(check=True)
+    import onnx
+
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:  # protobuf's own classes, which differ between its versions
+        raise ValueError(f"{path} is not an ONNX file: {error}") from error
+    constants = {tensor.name for tensor in model.graph.initializer}
+    notes = _notes({entry.key: entry.value for entry in model.metadata_props})
+
+    def shape(value: Any) -> Shape:
+        return tuple(d.dim_value or None for d in value.type.tensor_type.shape.dim)
+
+    return _Graph(
+        [shape(value) for value in model.graph.input if value.name not in constants],
+        [shape(value) for value in model.graph.output],
+        {"preprocessing": notes, "target": notes.get("vitzoo.target")},
+        round(1e6 * file_facts(path)["param_count"]),
+        saturating_nodes(model.graph),
+    )
+
+
+def _read_program(path: Path) -> _Graph:
+    program, facts = open_program(path)
+    tensors = {node.name: node.meta.get("val") for node in program.graph.nodes}
+
+    def shapes(names: Sequence[str]) -> list[Shape]:
+        found = (tensors[name] for name in names)
+        return [
+            tuple(n if isinstance(n, int) else None for n in x.shape) for x in found if isinstance(x, Tensor)
+        ]
+
+    signature = program.graph_signature
+    held = [*program.state_dict.values(), *program.constants.values()]
+    return _Graph(
+        shapes(signature.user_inputs),
+        shapes(signature.user_outputs),
+        facts,
+        sum(x.numel() for x in held if isinstance(x, Tensor)),
+        [],  # our kernels never saturate
+    )
+
+
+def _read_ir(path: Path) -> _Graph:
+    model = read_ir(path)
+
+    def shape(port: Any) -> Shape:
+        return tuple(None if d.is_dynamic else d.get_length() for d in port.get_partial_shape())
+
+    constants = [op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"]
+    return _Graph(
+        [shape(port) for port in model.inputs],
+        [shape(port) for port in model.outputs],
+        {},
+        sum(math.prod(op.get_output_shape(0)) for op in constants),
+        saturating_operations(model),
+    )
+
+
+_READERS = {".onnx": _read_onnx, ".pt2": _read_program, ".xml": _read_ir}
 
 
 def _notes(texts: Mapping[str, str]) -> dict[str, Any]:
@@ -131,61 +189,14 @@ def _sidecar(path: Path) -> dict[str, Any]:
         raise ValueError(f"{beside} is not JSON: {error}; export the model again") from error
     if not isinstance(facts, dict):
         raise ValueError(f"{beside} holds a {type(facts).__name__}, expected the facts of an exported file")
-    if facts.get("sha256", sha256(path)) != sha256(path):
-        raise ValueError(f"{beside} describes another file than {path}: its SHA-256 differs; export again")
+    hashes = {path.name: facts.get("sha256")}
+    hashes |= {name: entry["sha256"] for name, entry in facts.get("companions", {}).items()}
+    for name, expected in hashes.items():
+        file = path.with_name(name)
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no {file}, which is a part of {path}")
+        if expected is not None and expected != sha256(file):
+            raise ValueError(
+                f"{beside} describes another file than {file}: its SHA-256 differs; export again"
+            )
     return facts
-
-
-def _saturating(graph: Any) -> list[str]:
-    import onnx
-
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
-
-    def source(name: str) -> Any:
-        """Return the node behind those that only move elements."""
-        node = producers.get(name)
-        while node is not None and node.op_type in ("Transpose", "Reshape", "Flatten", "Identity"):
-            node = producers.get(node.input[0])
-        return node
-
-    def full_range(name: str) -> bool:
-        tensor = constants.get(name)
-        if tensor is None or tensor.data_type != onnx.TensorProto.INT8:
-            return False
-        codes = onnx.numpy_helper.to_array(tensor)
-        return codes.size > 0 and bool(np.min(codes) < _AVX2_LEAST or np.max(codes) > _AVX2_MOST)
-
-    def unsigned(node: Any) -> bool:
-        if node is None or node.op_type != "QuantizeLinear":
-            return node is not None and node.op_type == "DynamicQuantizeLinear"
-        if len(node.input) < 3 or not node.input[2]:
-            kind = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
-            return kind in (0, onnx.TensorProto.UINT8)
-        return _type(node.input[2]) == onnx.TensorProto.UINT8
-
-    def _type(name: str) -> int:
-        if name in constants:
-            return constants[name].data_type
-        value = [a.t for a in producers[name].attribute if a.name == "value"] if name in producers else []
-        return value[0].data_type if value else 0
-
-    found = []
-    for node in graph.node:
-        if node.op_type in _INTEGER:
-            x, weight = (node.input[i] for i in _INTEGER[node.op_type])
-            activation = source(x)
-            whole = node.op_type == "DynamicQuantizeMatMul" or unsigned(activation)
-            # what quantized operators hand on is unsigned where their zero point is
-            if node.op_type.startswith("Q") and len(node.input) > 2:
-                whole = _type(node.input[2]) == onnx.TensorProto.UINT8
-        elif node.op_type in _FLOATING:
-            behind = [source(name) for name in node.input[:2]]
-            if not all(n is not None and n.op_type == "DequantizeLinear" for n in behind):
-                continue
-            weight, whole = behind[1].input[0], unsigned(source(behind[0].input[0]))
-        else:
-            continue
-        if whole and full_range(weight):
-            found.append(node.name or node.output[0])
-    return found

@@ -65,7 +65,7 @@ def format_of(path: str | os.PathLike[str] | None, name: str | None = None) -> F
         ValueError: a name or a suffix that no format has, or two that disagree.
     """
     known = ", ".join(f"{f.name} ({f.suffix})" for f in FORMATS)
-    suffix = Path(path).suffix if path is not None else None
+    suffix = Path(path).suffix.lower() if path is not None else None
     found = [f for f in FORMATS if name in (None, f.name) and suffix in (None, f.suffix)]
     if name is not None and name not in [f.name for f in FORMATS]:
         raise ValueError(f"there is no format {name!r}; formats: {known}")

@@ -151,6 +151,24 @@ def _check_suffix(target: Path) -> None:
         raise ValueError(f"the IR's name is {target.name!r}, expected one that ends in {SUFFIX}")
 
 
+def read_ir(path: str | os.PathLike[str]) -> Any:
+    """Return an `openvino.Model`.
+
+    Raises:
+        ImportError: OpenVINO is missing; the message has the line that installs it.
+        FileNotFoundError: there are no weights beside it.
+        ExportError: OpenVINO cannot read the file.
+    """
+    require(["openvino"], "OpenVINO as a runtime")
+    weights = Path(path).with_suffix(".bin")
+    if not weights.is_file():
+        raise FileNotFoundError(f"there is no {weights}, which has the weights of {path}")
+    try:
+        return core().read_model(str(path))
+    except RuntimeError as error:
+        raise ExportError(f"OpenVINO cannot read {path}: {first_cause(error)}") from error
+
+
 def open_openvino(path: str | os.PathLike[str], threads: int | None = None) -> Run:
     """Open an IR or an ONNX file in OpenVINO on the CPU, in float32 where it is not in integers.
 

@@ -99,17 +99,29 @@ def load(path: str | os.PathLike[str]) -> Run:
     Raises:
         ExportError: the file cannot be loaded.
     """
-    try:
-        with quiet():
-            module = torch.export.load(path).module()
-    except Exception as error:
-        raise ExportError(f"torch.export cannot load {path}: {first_cause(error)}") from error
+    module = open_program(path)[0].module()
 
     def run(x: Tensor) -> list[Tensor]:
         with torch.no_grad():
             return [out for out in _pytree.tree_leaves(module(x)) if isinstance(out, Tensor)]
 
     return run
+
+
+def open_program(path: str | os.PathLike[str]) -> tuple[ExportedProgram, dict[str, Any]]:
+    """Return an archive's program and the notes of ours that it carries.
+
+    Raises:
+        ExportError: the file cannot be loaded.
+    """
+    extra = {NOTES: ""}
+    try:
+        with quiet():
+            program = torch.export.load(path, extra_files=extra)
+            known = json.loads(extra[NOTES]) if extra[NOTES] else {}
+    except Exception as error:
+        raise ExportError(f"torch.export cannot load {path}: {first_cause(error)}") from error
+    return program, known
 
 
 def _traced(exported: Subject) -> ExportedProgram:
