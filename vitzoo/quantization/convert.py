@@ -105,13 +105,17 @@ def convert_int8(model: nn.Module, quantized: QuantizedModel) -> Int8Model:
             `model` is not what was quantized.
         RuntimeError: torch.export cannot trace the model; the message is its own.
     """
-    recipe = quantized.recipe
+    require_integers(quantized.recipe)
+    return _Conversion(model, quantized).run()
+
+
+def require_integers(recipe: Recipe) -> None:
+    """Raise ValueError unless integer kernels execute a recipe."""
     if not recipe.runs_as_integers:
         raise ValueError(
             f"recipe {recipe.name!r} can only be simulated: integer kernels execute uniform 8-bit quantizers; "
             "take auto, w8a8, w8a8_dynamic, w8a8_smooth or w8a8_reparam"
         )
-    return _Conversion(model, quantized).run()
 
 
 def simulate_int8(quantized: QuantizedModel) -> fx.GraphModule:
@@ -137,38 +141,33 @@ class _TokenQuantize(nn.Module):
         return to_codes(x, scale, None, torch.int8) * scale
 
 
-class _Conversion:
-    """One call of `convert_int8`."""
+class WholeGraph:
+    """The float model of a quantized one, captured with attention and our operators whole, to be rewritten.
 
+    Args:
+        model: the float model that was quantized, on the CPU; it is not changed.
+        quantized: made from it by `quantize`.
+
+    Attributes:
+        module: the graph, with the weights and biases of `quantized.float_graph`, where transforms changed some.
+        graph: its graph.
+        nodes: its nodes by name.
+        sites: its layers with a weight by name.
+
+    Raises:
+        ValueError: `model` is not what was quantized.
+        RuntimeError: torch.export cannot trace the model; the message is its own.
+    """
+
+    @torch.no_grad()
     def __init__(self, model: nn.Module, quantized: QuantizedModel) -> None:
         self.model, self.quantized = model, quantized
         self.module = capture(model, torch.zeros(2, *quantized.input_size), whole=True)
         self.graph = self.module.graph
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.sites = {site.name: site for site in find_sites(self.module) if site.weight}
-        self.built: dict[fx.Node, Int8Linear] = {}
-        self.paths: dict[str, str] = {}
-
-    @torch.no_grad()
-    def run(self) -> Int8Model:
-        quantized, recipe = self.quantized, self.quantized.recipe
         self._take_tensors()
         self._check()
-        for site in quantized.sites:
-            if site.name in quantized.plans and site.kind == "linear":
-                self._replace(site, quantized.plans[site.name])
-        for node, layer in self.built.items():
-            self._absorb(node, layer)
-        self._finish()
-        layers = [
-            layer if layer.name in self.paths else dataclasses.replace(layer, bits=None, mode="float")
-            for layer in quantized.layers
-        ]
-        floating = {
-            site.name: _WHY_FLOAT[site.kind] for site in quantized.sites if site.name not in self.paths
-        }
-        size = quantized.input_size
-        return Int8Model(recipe, self.module, size, layers, floating, self.paths, self.model).eval()
 
     def _take_tensors(self) -> None:
         """Take every weight from the quantized model's graph, where transforms have changed some."""
@@ -218,6 +217,42 @@ class _Conversion:
                 f"the model is not the one that was quantized: in float their logits differ by {difference:.1e}"
             )
 
+    def bias(self, node: fx.Node, plan: SitePlan) -> Tensor | None:
+        """Return the bias of a layer with the plan's correction."""
+        bias: Any = node.args[2] if len(node.args) > 2 else None
+        if bias is None:
+            return plan.bias
+        value = get_tensor(self.module, str(bias.target))
+        return value if plan.bias is None else value + plan.bias
+
+
+class _Conversion(WholeGraph):
+    """One call of `convert_int8`."""
+
+    def __init__(self, model: nn.Module, quantized: QuantizedModel) -> None:
+        super().__init__(model, quantized)
+        self.built: dict[fx.Node, Int8Linear] = {}
+        self.paths: dict[str, str] = {}
+
+    @torch.no_grad()
+    def run(self) -> Int8Model:
+        quantized, recipe = self.quantized, self.quantized.recipe
+        for site in quantized.sites:
+            if site.name in quantized.plans and site.kind == "linear":
+                self._replace(site, quantized.plans[site.name])
+        for node, layer in self.built.items():
+            self._absorb(node, layer)
+        self._finish()
+        layers = [
+            layer if layer.name in self.paths else dataclasses.replace(layer, bits=None, mode="float")
+            for layer in quantized.layers
+        ]
+        floating = {
+            site.name: _WHY_FLOAT[site.kind] for site in quantized.sites if site.name not in self.paths
+        }
+        size = quantized.input_size
+        return Int8Model(recipe, self.module, size, layers, floating, self.paths, self.model).eval()
+
     def _replace(self, site: Site, plan: SitePlan) -> None:
         node = self.nodes[self.sites[site.name].node]
         quantizer, weight_quantizer = plan.operands[0], plan.weight
@@ -227,7 +262,7 @@ class _Conversion:
         layer = Int8Linear(
             plan.weight_codes(weight).to(torch.int8),
             weight_quantizer.scale.flatten(),
-            self._bias(node, plan),
+            self.bias(node, plan),
             None if plan.dynamic else quantizer.scale.reshape(()),
             None if plan.dynamic else unsigned(quantizer.zero_point),
         )
@@ -240,13 +275,6 @@ class _Conversion:
         node.replace_all_uses_with(call)
         self.graph.erase_node(node)
         self.built[call], self.paths[site.name] = layer, name
-
-    def _bias(self, node: fx.Node, plan: SitePlan) -> Tensor | None:
-        bias: Any = node.args[2] if len(node.args) > 2 else None
-        if bias is None:
-            return plan.bias
-        value = get_tensor(self.module, str(bias.target))
-        return value if plan.bias is None else value + plan.bias
 
     def _name(self, site: Site, node: fx.Node) -> str:
         """Return the layer's own name, or another if something else still reads what is stored under it."""
