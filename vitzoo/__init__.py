@@ -20,7 +20,7 @@ from vitzoo.registry import CATEGORIES, UnknownModelError, list_models, model_in
 if TYPE_CHECKING:
     from vitzoo.benchmark.flops import count_flops
     from vitzoo.benchmark.run import benchmark
-    from vitzoo.deploy import export_model, export_quantized, quantize, validate
+    from vitzoo.deploy import export_model, export_quantized, lower_int8, quantize, validate
     from vitzoo.export import export_onnx, export_openvino, export_program
     from vitzoo.quantization.convert import convert_int8
 
@@ -41,6 +41,7 @@ __all__ = [
     "kernels",
     "layers",
     "list_models",
+    "lower_int8",
     "model_info",
     "quantize",
     "registry",
@@ -55,6 +56,7 @@ _LAZY = {
     "export_openvino": "vitzoo.export",
     "export_program": "vitzoo.export",
     "export_quantized": "vitzoo.deploy",
+    "lower_int8": "vitzoo.deploy",
     "quantize": "vitzoo.deploy",
     "validate": "vitzoo.deploy",
 }

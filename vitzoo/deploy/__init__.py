@@ -7,16 +7,19 @@ from vitzoo.deploy.coverage import Coverage, onnxruntime_coverage, openvino_cove
 from vitzoo.deploy.formats import format_of
 from vitzoo.deploy.gate import Gate, GateError, Thresholds, export_quantized
 from vitzoo.deploy.handover import export_model
+from vitzoo.deploy.inductor import InductorModel, lower_int8
 
 __all__ = [
     "Coverage",
     "Gate",
     "GateError",
+    "InductorModel",
     "Thresholds",
     "Validation",
     "export_model",
     "export_quantized",
     "format_of",
+    "lower_int8",
     "onnxruntime_coverage",
     "openvino_coverage",
     "quantize",

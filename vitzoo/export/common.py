@@ -29,6 +29,7 @@ INSTALL = {
     "onnxscript": "pip install 'vitzoo[onnx]'",
     "onnxruntime": "pip install 'vitzoo[onnx]'",
     "openvino": "pip install 'vitzoo[openvino]'",
+    "torchao": "pip install 'vitzoo[inductor]'",
 }
 
 Progress = Callable[[str], None]
