@@ -1,11 +1,8 @@
 // vitzoo_native::selective_scan_fwd and selective_scan_bwd on the CPU. kernels/selective_scan/cpu.py
 // allocates every output and brings the small tensors to the compute type; shapes are in cpu_args.h.
 
-#include <algorithm>
-
 #include "../common/isa.h"
-#include "../common/parallel.h"
-#include "host.h"
+#include "divided.h"
 
 namespace vitzoo {
 namespace {
@@ -17,61 +14,31 @@ void run(SelectiveScanPass pass, const SelectiveScanArgs& args, size_t scratch_b
                         [&](int64_t begin, int64_t end, void* scratch) { pass(args, begin, end, scratch); });
 }
 
-// What the pieces of a divided scan pass on, and the passes over it.
-struct Divided {
-  DividedScanArgs args{};
-  std::unique_ptr<void, FreeAligned> states, steps, gradients;
-  size_t scratch_bytes;
-  int64_t items;
+void run(DividedScanPass pass, const Divided& divided, int64_t items) {
+  parallel_with_scratch(items, divided.scratch_bytes, [&](int64_t begin, int64_t end, void* scratch) {
+    pass(divided.args, begin, end, scratch);
+  });
+}
 
-  Divided(const SelectiveScanArgs& k, int64_t tokens, bool backward) {
-    STD_TORCH_CHECK(tokens % kBackwardTokens == 0 && !k.constant_b && !k.constant_c,
-                    "a scan is divided into pieces of multiples of ", kBackwardTokens,
-                    " tokens, and where B and C are not constant");
-    args.scan = &k;
-    args.tokens = tokens;
-    args.pieces = (k.seqlen + tokens - 1) / tokens;
-    items = k.batch * k.groups * k.parts;
-    const size_t element = k.u.kind == Kind::f64 ? 8 : 4, channels = element * size_t(k.batch * k.dim);
-    const auto allocate = [](size_t bytes) {
-      return std::unique_ptr<void, FreeAligned>(::operator new(bytes, std::align_val_t(64)));
-    };
-    states = allocate(channels * size_t((args.pieces + 1) * k.dstate));
-    steps = allocate(channels * size_t(args.pieces));
-    gradients = allocate(backward ? channels * size_t(args.pieces * k.dstate) : 0);
-    args.states = states.get();
-    args.steps = steps.get();
-    args.gradients = backward ? gradients.get() : nullptr;
-    scratch_bytes = std::max(selective_scan_forward_scratch(k.dstate),
-                             selective_scan_backward_scratch(k.dstate, backward ? k.seqlen : 0));
+void run_forward(const DividedScanKernels& kernels, const SelectiveScanArgs& k, int64_t tokens) {
+  Divided divided(k, tokens, false);
+  const int64_t items = k.batch * k.groups * k.parts;
+  divided.make_blocks(items);
+  const int64_t others = divided.args.blocks - 1;
+  run(kernels.first, divided, items * std::max<int64_t>(others, 1));
+  if (others > 0) {
+    run(kernels.carry, divided, items);
+    run(kernels.second, divided, items * others);
   }
+}
 
-  void run(DividedScanPass pass, int64_t each) const {
-    parallel_with_scratch(items * each, scratch_bytes, [&](int64_t begin, int64_t end, void* scratch) {
-      pass(args, begin, end, scratch);
-    });
-  }
-
-  // Only blocks are run twice, once for their outline, so there are no more than the threads need: one for
-  // each at a time, and one of them, the last, needs no outline.
-  void forward(const DividedScanKernels& kernels) {
-    const int64_t threads = int64_t(torch::stable::get_num_threads());
-    const int64_t wanted = threads <= items ? 1 : (threads + items - 1) / items + 1;
-    args.block = (args.pieces + wanted - 1) / wanted;
-    args.blocks = (args.pieces + args.block - 1) / args.block;
-    run(kernels.first, std::max<int64_t>(args.blocks - 1, 1));
-    if (args.blocks > 1) {
-      run(kernels.carry, 1);
-      run(kernels.second, args.blocks - 1);
-    }
-  }
-
-  void backward(const DividedScanKernels& kernels) const {
-    run(kernels.outline, args.pieces);
-    run(kernels.carry_both, 1);
-    run(kernels.backward, args.pieces);
-  }
-};
+void run_backward(const DividedScanKernels& kernels, const SelectiveScanArgs& k, int64_t tokens) {
+  const Divided divided(k, tokens, true);
+  const int64_t items = k.batch * k.groups * k.parts;
+  run(kernels.outline, divided, items * divided.args.pieces);
+  run(kernels.carry_both, divided, items);
+  run(kernels.backward, divided, items * divided.args.pieces);
+}
 
 void selective_scan_fwd_cpu(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c, Optional d, Optional z,
                             Optional delta_bias, bool delta_softplus, int64_t part_channels,
@@ -83,7 +50,7 @@ void selective_scan_fwd_cpu(Tensor u, Tensor delta, Tensor a, Tensor b, Tensor c
   const SelectiveScanKernels& kernels =
       select(selective_scan_baseline, selective_scan_avx2, selective_scan_avx512);
   if (piece_tokens > 0) {
-    Divided(k, piece_tokens, false).forward(wide ? kernels.divided_f64 : kernels.divided_f32);
+    run_forward(wide ? kernels.divided_f64 : kernels.divided_f32, k, piece_tokens);
     return;
   }
   run(wide ? kernels.forward_f64 : kernels.forward_f32, k, selective_scan_forward_scratch(k.dstate));
@@ -100,14 +67,12 @@ void selective_scan_bwd_cpu(Tensor dout, Optional dlast_state, Tensor u, Tensor 
   STD_TORCH_CHECK(z.has_value() == dz.has_value(), "dz is wanted exactly when z is given");
   k.dz = z.has_value() ? scan_output(*dz, "dz", k) : View{};
   k.dlast_state = pointer_of(dlast_state, "dlast_state", k.batch * k.dim * k.dstate, wide);
-  STD_TORCH_CHECK(piece_tokens == 0 || piece_tokens == kBackwardTokens, "piece_tokens is ", piece_tokens,
-                  ", neither 0 nor ", kBackwardTokens);
-  k.pieces = piece_tokens == 0 ? 1 : (k.seqlen + piece_tokens - 1) / piece_tokens;
+  k.pieces = backward_pieces(piece_tokens, k.seqlen);
   scan_gradients(k, ddelta, da, db, dc, dd, ddelta_bias);
   const SelectiveScanKernels& kernels =
       select(selective_scan_baseline, selective_scan_avx2, selective_scan_avx512);
   if (piece_tokens > 0) {
-    Divided(k, piece_tokens, true).backward(wide ? kernels.divided_f64 : kernels.divided_f32);
+    run_backward(wide ? kernels.divided_f64 : kernels.divided_f32, k, piece_tokens);
     return;
   }
   run(wide ? kernels.backward_f64 : kernels.backward_f32, k,

@@ -15,6 +15,12 @@ VITZOO_INLINE T* states_of(const DividedScanArgs& d, const Tile& tile, int64_t p
   return static_cast<T*>(d.states) + (tile.batch * (d.pieces + 1) + piece) * d.scan->dim * d.scan->dstate;
 }
 
+// An image's own in (batch, dim, dstate), or null.
+template <class T, class P>
+VITZOO_INLINE T* states_after(const SelectiveScanArgs& k, P* base, const Tile& tile) {
+  return base == nullptr ? nullptr : static_cast<T*>(base) + tile.batch * k.dim * k.dstate;
+}
+
 template <class T>
 VITZOO_INLINE T* gradients_of(const DividedScanArgs& d, const Tile& tile, int64_t piece) {
   return static_cast<T*>(d.gradients) + (tile.batch * d.pieces + piece) * d.scan->dim * d.scan->dstate;
@@ -84,8 +90,10 @@ VITZOO_INLINE void outline_chunk(const SelectiveScanArgs& k, const Tile& tile, c
 }
 
 // What a piece passes on: to the next the states, to the one before their gradient, both from zero.
-template <class T>
-void outline_piece(const DividedScanArgs& d, const Tile& tile, const Backward<T>& w, int64_t piece) {
+// load(token, count) brings delta and u to w.s and w.x, load_gradient(token, count) that of y to w.dy.
+template <class T, class F, class G>
+VITZOO_INLINE void outline_piece(const DividedScanArgs& d, const Tile& tile, const Backward<T>& w,
+                                 int64_t piece, const F& load, const G& load_gradient) {
   const SelectiveScanArgs& k = *d.scan;
   const bool want_gradient = d.gradients != nullptr;
   const Vec<T> bias = load_lanes<T>(k.delta_bias, tile, 1, 0);
@@ -98,8 +106,7 @@ void outline_piece(const DividedScanArgs& d, const Tile& tile, const Backward<T>
   const int64_t begin = piece * d.tokens, end = begin + d.tokens < k.seqlen ? begin + d.tokens : k.seqlen;
   for (int64_t token = begin; token < end; token += kBackwardTokens) {
     const int64_t rest = end - token, count = rest < kBackwardTokens ? rest : kBackwardTokens;
-    load_tile(k.delta, tile.batch, tile.channel, tile.width, token, count, w.s);
-    load_tile(k.u, tile.batch, tile.channel, tile.width, token, count, w.x);
+    load(token, count);
     const Vec<T> largest = k.delta_softplus
                                ? prepare<T, true>(count, bias, Vec<T>{}, w.s, w.x, w.drive, w.y)
                                : prepare<T, false>(count, bias, Vec<T>{}, w.s, w.x, w.drive, w.y);
@@ -107,11 +114,7 @@ void outline_piece(const DividedScanArgs& d, const Tile& tile, const Backward<T>
       steps += w.s[t];
     }
     if (want_gradient) {
-      load_tile(k.dout, tile.batch, tile.channel, tile.width, token, count, w.dy);
-      if (k.z.data != nullptr) {
-        load_tile(k.z, tile.batch, tile.channel, tile.width, token, count, w.gate_slope);
-        open_gate<T>(w.gate_slope, w.dy, w.gate_slope, count);
-      }
+      load_gradient(token, count);
     }
     if (all_below<T>(largest * fastest, kPlainExponent<T>)) {
       outline_chunk<T, false>(k, tile, w, token, count, want_gradient);
@@ -129,8 +132,10 @@ void outline_piece(const DividedScanArgs& d, const Tile& tile, const Backward<T>
 }
 
 // The outputs of pieces [first, last), from the states before them, and what they pass on.
-template <class T>
-void run_block(const DividedScanArgs& d, const Tile& tile, const Forward<T>& w, int64_t first, int64_t last) {
+// stretch(own, token, count) advances w.h and w.local over some tokens.
+template <class T, class F>
+VITZOO_INLINE void run_block(const DividedScanArgs& d, const Tile& tile, const Forward<T>& w, int64_t first,
+                             int64_t last, const F& stretch) {
   const SelectiveScanArgs& k = *d.scan;
   const Channels<T> own = begin_forward<T>(k, tile, w);
   for (int64_t n = 0; first > 0 && n < k.dstate; ++n) {
@@ -145,8 +150,7 @@ void run_block(const DividedScanArgs& d, const Tile& tile, const Forward<T>& w, 
     const int64_t begin = piece * d.tokens, end = begin + d.tokens < k.seqlen ? begin + d.tokens : k.seqlen;
     for (int64_t token = begin; token < end; token += kForwardTokens) {
       const int64_t rest = end - token, count = rest < kForwardTokens ? rest : kForwardTokens;
-      run_stretch<T, false, false, true>(k, tile, w, own, token, count,
-                                         [](int64_t, int64_t) __attribute__((always_inline)) {});
+      stretch(own, token, count);
       for (int64_t t = 0; t < count; ++t) {
         steps += w.s[t];
       }
@@ -155,11 +159,91 @@ void run_block(const DividedScanArgs& d, const Tile& tile, const Forward<T>& w, 
       w.h[n] = passed_on<T>(w.local[n], steps, w.a2[n], w.before[n]);
     }
   }
-  T* const after = last == d.pieces ? static_cast<T*>(k.last_state) + tile.batch * k.dim * k.dstate
-                                    : states_of<T>(d, tile, last);
-  for (int64_t n = 0; (last == d.pieces || first == 0) && n < k.dstate; ++n) {
+  T* const after = last == d.pieces ? states_after<T>(k, k.last_state, tile) : states_of<T>(d, tile, last);
+  for (int64_t n = 0; after != nullptr && (last == d.pieces || first == 0) && n < k.dstate; ++n) {
     store_lanes<T>(after, tile, k.dstate, n, w.h[n]);
   }
+}
+
+// From pieces [first, last) to the states before pieces first + 1 to last.
+template <class T>
+VITZOO_INLINE void carry_states(const DividedScanArgs& d, const Tile& tile, int64_t first, int64_t last) {
+  const SelectiveScanArgs& k = *d.scan;
+  for (int64_t n = 0; n < k.dstate; ++n) {
+    const Vec<T> rate2 = load_lanes<T>(k.a, tile, k.dstate, n) * T(kLog2e);
+    Vec<T> state = load_lanes<T>(states_of<T>(d, tile, first), tile, k.dstate, n);
+    for (int64_t piece = first; piece < last; ++piece) {
+      T* const after = states_of<T>(d, tile, piece + 1);
+      const Vec<T> steps = load_lanes<T>(steps_of<T>(d, tile, piece), tile, 1, 0);
+      state = passed_on<T>(load_lanes<T>(after, tile, k.dstate, n), steps, rate2, state);
+      store_lanes<T>(after, tile, k.dstate, n, state);
+    }
+  }
+}
+
+// The states before every piece and the gradients of those after it.
+template <class T>
+VITZOO_INLINE void carry_both(const DividedScanArgs& d, const Tile& tile) {
+  const SelectiveScanArgs& k = *d.scan;
+  const T* const dlast = states_after<const T>(k, k.dlast_state, tile);
+  for (int64_t n = 0; n < k.dstate; ++n) {
+    const Vec<T> rate2 = load_lanes<T>(k.a, tile, k.dstate, n) * T(kLog2e);
+    store_lanes<T>(states_of<T>(d, tile, 0), tile, k.dstate, n, Vec<T>{});
+    Vec<T> gradient = load_lanes<T>(dlast, tile, k.dstate, n);
+    store_lanes<T>(gradients_of<T>(d, tile, d.pieces - 1), tile, k.dstate, n, gradient);
+    for (int64_t piece = d.pieces - 1; piece > 0; --piece) {
+      T* const before = gradients_of<T>(d, tile, piece - 1);
+      const Vec<T> steps = load_lanes<T>(steps_of<T>(d, tile, piece), tile, 1, 0);
+      gradient = passed_on<T>(load_lanes<T>(before, tile, k.dstate, n), steps, rate2, gradient);
+      store_lanes<T>(before, tile, k.dstate, n, gradient);
+    }
+  }
+  carry_states<T>(d, tile, 0, d.pieces - 1);
+}
+
+// The gradients of a piece, a chunk of the backward pass, from what it was passed; chunk(own) runs it.
+template <class T, class F>
+VITZOO_INLINE void run_piece(const DividedScanArgs& d, const Tile& tile, const Backward<T>& w, int64_t piece,
+                             const F& chunk) {
+  const SelectiveScanArgs& k = *d.scan;
+  ChannelSums<T> own = begin_backward<T>(k, tile, w);
+  for (int64_t n = 0; n < k.dstate; ++n) {
+    w.bounds[piece * k.dstate + n] = load_lanes<T>(states_of<T>(d, tile, piece), tile, k.dstate, n);
+    w.carry[n] = load_lanes<T>(gradients_of<T>(d, tile, piece), tile, k.dstate, n);
+  }
+  chunk(own);
+  end_backward<T, false, false>(k, tile, w, own, piece);
+}
+
+// One scan, whose tokens are read where they lie.
+
+template <class T>
+void outline_in_place(const DividedScanArgs& d, const Tile& tile, const Backward<T>& w, int64_t piece) {
+  const SelectiveScanArgs& k = *d.scan;
+  outline_piece<T>(
+      d, tile, w, piece,
+      [&](int64_t token, int64_t count) __attribute__((always_inline)) {
+        load_tile(k.delta, tile.batch, tile.channel, tile.width, token, count, w.s);
+        load_tile(k.u, tile.batch, tile.channel, tile.width, token, count, w.x);
+      },
+      [&](int64_t token, int64_t count) __attribute__((always_inline)) {
+        load_tile(k.dout, tile.batch, tile.channel, tile.width, token, count, w.dy);
+        if (k.z.data != nullptr) {
+          load_tile(k.z, tile.batch, tile.channel, tile.width, token, count, w.gate_slope);
+          open_gate<T>(w.gate_slope, w.dy, w.gate_slope, count);
+        }
+      });
+}
+
+template <class T>
+void run_in_place(const DividedScanArgs& d, const Tile& tile, const Forward<T>& w, int64_t first,
+                  int64_t last) {
+  const SelectiveScanArgs& k = *d.scan;
+  run_block<T>(d, tile, w, first, last < d.pieces ? last : d.pieces,
+               [&](const Channels<T>& own, int64_t token, int64_t count) __attribute__((always_inline)) {
+                 run_stretch<T, false, false, true>(k, tile, w, own, token, count,
+                                                    [](int64_t, int64_t) __attribute__((always_inline)) {});
+               });
 }
 
 // Calls f(tile, number) for work items [begin, end), `each` to one of the undivided scan.
@@ -181,39 +265,13 @@ void divided_first(const DividedScanArgs& d, int64_t begin, int64_t end, void* s
   for_divided<T>(k, d.blocks > 1 ? d.blocks - 1 : 1, begin, end,
                  [&](const Tile& tile, int64_t i) __attribute__((always_inline)) {
                    if (i == 0) {
-                     run_block<T>(d, tile, w, 0, d.block < d.pieces ? d.block : d.pieces);
+                     run_in_place<T>(d, tile, w, 0, d.block);
                    } else {
                      for (int64_t piece = i * d.block; piece < (i + 1) * d.block; ++piece) {
-                       outline_piece<T>(d, tile, outline, piece);
+                       outline_in_place<T>(d, tile, outline, piece);
                      }
                    }
                  });
-}
-
-template <class T>
-void divided_second(const DividedScanArgs& d, int64_t begin, int64_t end, void* scratch) {
-  const Forward<T> w(scratch, d.scan->dstate);
-  for_divided<T>(*d.scan, d.blocks - 1, begin, end,
-                 [&](const Tile& tile, int64_t i) __attribute__((always_inline)) {
-                   const int64_t first = (i + 1) * d.block, last = first + d.block;
-                   run_block<T>(d, tile, w, first, last < d.pieces ? last : d.pieces);
-                 });
-}
-
-// From pieces [first, last) to the states before pieces first + 1 to last.
-template <class T>
-VITZOO_INLINE void carry_states(const DividedScanArgs& d, const Tile& tile, int64_t first, int64_t last) {
-  const SelectiveScanArgs& k = *d.scan;
-  for (int64_t n = 0; n < k.dstate; ++n) {
-    const Vec<T> rate2 = load_lanes<T>(k.a, tile, k.dstate, n) * T(kLog2e);
-    Vec<T> state = load_lanes<T>(states_of<T>(d, tile, first), tile, k.dstate, n);
-    for (int64_t piece = first; piece < last; ++piece) {
-      T* const after = states_of<T>(d, tile, piece + 1);
-      const Vec<T> steps = load_lanes<T>(steps_of<T>(d, tile, piece), tile, 1, 0);
-      state = passed_on<T>(load_lanes<T>(after, tile, k.dstate, n), steps, rate2, state);
-      store_lanes<T>(after, tile, k.dstate, n, state);
-    }
-  }
 }
 
 template <class T>
@@ -224,50 +282,38 @@ void divided_carry(const DividedScanArgs& d, int64_t begin, int64_t end, void*) 
 }
 
 template <class T>
+void divided_second(const DividedScanArgs& d, int64_t begin, int64_t end, void* scratch) {
+  const Forward<T> w(scratch, d.scan->dstate);
+  for_divided<T>(*d.scan, d.blocks - 1, begin, end,
+                 [&](const Tile& tile, int64_t i) __attribute__((always_inline)) {
+                   run_in_place<T>(d, tile, w, (i + 1) * d.block, (i + 2) * d.block);
+                 });
+}
+
+template <class T>
 void divided_outline(const DividedScanArgs& d, int64_t begin, int64_t end, void* scratch) {
   const Backward<T> w(scratch, d.scan->dstate, 0);
   for_divided<T>(*d.scan, d.pieces, begin, end,
                  [&](const Tile& tile, int64_t piece)
-                     __attribute__((always_inline)) { outline_piece<T>(d, tile, w, piece); });
+                     __attribute__((always_inline)) { outline_in_place<T>(d, tile, w, piece); });
 }
 
 template <class T>
 void divided_carry_both(const DividedScanArgs& d, int64_t begin, int64_t end, void*) {
-  const SelectiveScanArgs& k = *d.scan;
-  for_tiles<T>(k, begin, end, [&](const Tile& tile) __attribute__((always_inline)) {
-    const T* const dlast = k.dlast_state == nullptr
-                               ? nullptr
-                               : static_cast<const T*>(k.dlast_state) + tile.batch * k.dim * k.dstate;
-    for (int64_t n = 0; n < k.dstate; ++n) {
-      const Vec<T> rate2 = load_lanes<T>(k.a, tile, k.dstate, n) * T(kLog2e);
-      store_lanes<T>(states_of<T>(d, tile, 0), tile, k.dstate, n, Vec<T>{});
-      Vec<T> gradient = load_lanes<T>(dlast, tile, k.dstate, n);
-      store_lanes<T>(gradients_of<T>(d, tile, d.pieces - 1), tile, k.dstate, n, gradient);
-      for (int64_t piece = d.pieces - 1; piece > 0; --piece) {
-        T* const before = gradients_of<T>(d, tile, piece - 1);
-        const Vec<T> steps = load_lanes<T>(steps_of<T>(d, tile, piece), tile, 1, 0);
-        gradient = passed_on<T>(load_lanes<T>(before, tile, k.dstate, n), steps, rate2, gradient);
-        store_lanes<T>(before, tile, k.dstate, n, gradient);
-      }
-    }
-    carry_states<T>(d, tile, 0, d.pieces - 1);
-  });
+  for_tiles<T>(*d.scan, begin, end,
+               [&](const Tile& tile) __attribute__((always_inline)) { carry_both<T>(d, tile); });
 }
 
 template <class T>
 void divided_backward(const DividedScanArgs& d, int64_t begin, int64_t end, void* scratch) {
   const SelectiveScanArgs& k = *d.scan;
   const Backward<T> w(scratch, k.dstate, k.seqlen);
-  for_divided<T>(
-      k, d.pieces, begin, end, [&](const Tile& tile, int64_t piece) __attribute__((always_inline)) {
-        ChannelSums<T> own = begin_backward<T>(k, tile, w);
-        for (int64_t n = 0; n < k.dstate; ++n) {
-          w.bounds[piece * k.dstate + n] = load_lanes<T>(states_of<T>(d, tile, piece), tile, k.dstate, n);
-          w.carry[n] = load_lanes<T>(gradients_of<T>(d, tile, piece), tile, k.dstate, n);
-        }
-        run_chunk<T, false, false>(k, tile, w, own, piece);
-        end_backward<T, false, false>(k, tile, w, own, piece);
-      });
+  for_divided<T>(k, d.pieces, begin, end,
+                 [&](const Tile& tile, int64_t piece) __attribute__((always_inline)) {
+                   run_piece<T>(d, tile, w, piece, [&](ChannelSums<T>& own) __attribute__((always_inline)) {
+                     run_chunk<T, false, false>(k, tile, w, own, piece);
+                   });
+                 });
 }
 
 template <class T>

@@ -77,20 +77,25 @@ VITZOO_INLINE Row<T, Constant> row_of(const void* base, const SelectiveScanArgs&
   }
 }
 
+// The tile of a work item that starts at its channel `first`; of no width where the item ends before.
+template <class T>
+VITZOO_INLINE Tile tile_of(const SelectiveScanArgs& k, int64_t item, int64_t first) {
+  const int64_t part = item % k.parts, group = item / k.parts % k.groups, batch = item / k.parts / k.groups;
+  const int64_t start = part * k.part_channels + first;
+  int64_t width = Simd<T>::W;
+  width = k.group_channels - start < width ? k.group_channels - start : width;
+  width = k.part_channels - first < width ? k.part_channels - first : width;
+  return {batch, group, part, group * k.group_channels + start, int(width), first == 0};
+}
+
 // Calls f(tile) for the tiles of work items [begin, end).
 template <class T, class F>
 VITZOO_INLINE void for_tiles(const SelectiveScanArgs& k, int64_t begin, int64_t end, const F& f) {
-  constexpr int W = Simd<T>::W;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t part = item % k.parts, group = item / k.parts % k.groups, batch = item / k.parts / k.groups;
-    const int64_t start = part * k.part_channels;
-    const int64_t rest = k.group_channels - start;
-    const int64_t count = rest < k.part_channels ? rest : k.part_channels;
-    for (int64_t c = 0; c < count; c += W) {
-      const Tile tile{
-          batch, group, part, group * k.group_channels + start + c, count - c < W ? int(count - c) : W,
-          c == 0};
+    int64_t first = 0;
+    for (Tile tile = tile_of<T>(k, item, 0); tile.width > 0; tile = tile_of<T>(k, item, first)) {
       f(tile);
+      first += Simd<T>::W;
     }
   }
 }

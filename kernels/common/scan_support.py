@@ -61,3 +61,18 @@ def is_divided(items: int, seqlen: int) -> bool:
         seqlen: L.
     """
     return 0 < items < FEW_ITEMS and seqlen >= LONG
+
+
+def forward_division(batch: int, groups: int, dim: int, seqlen: int) -> tuple[int, int]:
+    """Return the channels of one work item of the forward pass, and the tokens of a piece, 0 where it is not divided.
+
+    Args:
+        batch: B.
+        groups: of channels that share B and C.
+        dim: D.
+        seqlen: L.
+    """
+    if not is_divided(batch * groups * -(-dim // (groups * TILE)), seqlen):
+        return TILE, 0
+    # every channel by itself has the same bits, so here the division may look at the machine
+    return TILE if native.cpu_isa() == "avx512" else TILE // 2, PIECE * -(-seqlen // (PIECE * MOST_PIECES))

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitzoo.kernels.common import native, scan_support
+from vitzoo.kernels.common import scan_support
 from vitzoo.kernels.common.scan_support import (
-    MOST_PIECES,
     PIECE,
     TILE,
     as_wide_as,
     compute_dtype,
+    forward_division,
     is_divided,
     part_channels,
 )
@@ -97,11 +97,7 @@ def forward(
     batch, dim, seqlen = u.shape
     last_state = torch.empty((batch, dim, A.shape[1]), dtype=compute_dtype(u))
     groups, varying = _rows_of(*inputs[3:5])
-    channels, tokens = TILE, 0
-    if varying and is_divided(batch * groups * -(-dim // (groups * TILE)), seqlen):
-        tokens = PIECE * -(-seqlen // (PIECE * MOST_PIECES))
-        # every channel by itself has the same bits, so here the division may look at the machine
-        channels = TILE if native.cpu_isa() == "avx512" else TILE // 2
+    channels, tokens = forward_division(batch, groups, dim, seqlen) if varying else (TILE, 0)
     torch.ops.vitzoo_native.selective_scan_fwd(*inputs, delta_softplus, channels, tokens, out, last_state)
     return out, last_state
 
