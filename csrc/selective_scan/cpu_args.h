@@ -73,10 +73,34 @@ struct RoutedScanArgs {
 
 using RoutedScanPass = void (*)(const RoutedScanArgs& args, int64_t begin, int64_t end, void* scratch);
 
+// A routed scan of few channels, divided along the tokens of each route. Its passes run over tiles of
+// channels, one of each of some work items, which stay in lanes for all tokens from the first pass to the
+// last.
+struct DividedRoutesArgs {
+  const RoutedScanArgs* routed;
+  const DividedScanArgs* divided;  // of each route
+  int64_t item, items;             // work items [item, item + items) of the undivided scan
+  int64_t channel;                 // of each item, where its tile starts
+  int64_t route, at_once;  // the routes that a pass runs, from the first of them; one in the backward pass
+  void* planes;            // (planes, items, seqlen) vectors
+};
+
+// One pass over work [begin, end), for each tile: each piece in `load`, `add`, `exchange`, `outline` and
+// `backward`; each route in `carry`, each of its blocks but one, or the only one, in `first` and `second`;
+// the tile itself in `carry_both`.
+using DividedRoutesPass = void (*)(const DividedRoutesArgs& args, int64_t begin, int64_t end, void* scratch);
+
+struct DividedRoutesKernels {
+  int64_t lanes;                                      // channels of a tile
+  DividedRoutesPass load, first, carry, second, add;  // of the forward pass
+  DividedRoutesPass exchange, outline, carry_both, backward;
+};
+
 struct SelectiveScanKernels {
   SelectiveScanPass forward_f32, forward_f64, backward_f32, backward_f64;
   RoutedScanPass routed_forward_f32, routed_forward_f64, routed_backward_f32, routed_backward_f64;
   DividedScanKernels divided_f32, divided_f64;
+  DividedRoutesKernels divided_routes_f32, divided_routes_f64;
   // The bare loop that the scan is measured against: for each work item the decays of 64 tokens, 16 states
   // and a vector of channels, written over and over to the same 64 vectors. Returns the exponentials of one
   // item.
@@ -99,12 +123,17 @@ inline size_t selective_scan_backward_scratch(int64_t dstate, int64_t seqlen) {
   return 64 * (17 * size_t(kBackwardTokens + 1) + (7 + chunks) * size_t(dstate));
 }
 
-// A tile of whole rows in each of the tensors that a routed pass holds.
+// The tensors of which a routed pass holds a tile of whole rows, running `at_once` routes.
+inline int64_t routed_scan_forward_planes(bool shared, int64_t at_once) {
+  return 1 + at_once + (shared ? 1 : at_once);
+}
+constexpr int64_t kRoutedBackwardPlanes = 6;
+
 inline size_t routed_scan_forward_scratch(int64_t dstate, int64_t seqlen) {
   return selective_scan_forward_scratch(dstate) + 64 * 3 * size_t(seqlen);
 }
 inline size_t routed_scan_backward_scratch(int64_t dstate, int64_t seqlen) {
-  return selective_scan_backward_scratch(dstate, seqlen) + 64 * 6 * size_t(seqlen);
+  return selective_scan_backward_scratch(dstate, seqlen) + 64 * size_t(kRoutedBackwardPlanes * seqlen);
 }
 
 }  // namespace vitzoo

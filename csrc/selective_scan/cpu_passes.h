@@ -3,6 +3,7 @@
 
 #include "cpu_backward.h"
 #include "cpu_divided.h"
+#include "cpu_divided_routes.h"
 #include "cpu_forward.h"
 #include "cpu_routed.h"
 
@@ -52,16 +53,10 @@ int64_t exponentials(int64_t begin, int64_t end, void* scratch) {
   return tokens * states * Simd<float>::W;
 }
 
-constexpr vitzoo::SelectiveScanKernels kKernels = {forward<float>,
-                                                   forward<double>,
-                                                   backward<float>,
-                                                   backward<double>,
-                                                   routed_forward<float>,
-                                                   routed_forward<double>,
-                                                   routed_backward<float>,
-                                                   routed_backward<double>,
-                                                   kDivided<float>,
-                                                   kDivided<double>,
-                                                   exponentials};
+constexpr vitzoo::SelectiveScanKernels kKernels = {
+    forward<float>,        forward<double>,        backward<float>,        backward<double>,
+    routed_forward<float>, routed_forward<double>, routed_backward<float>, routed_backward<double>,
+    kDivided<float>,       kDivided<double>,       kDividedRoutes<float>,  kDividedRoutes<double>,
+    exponentials};
 
 }  // namespace

@@ -48,11 +48,13 @@ SHAPES: dict[str, Shape] = {
     "groups": Shape(2, 40, 50, 7, groups=2),
     "constant": Shape(2, 19, 35, 6, groups=-1),
     "two_chunks": Shape(1, 17, 300, 3),
+    "few_channels": Shape(1, 5, 1101, 3),
 }
 # The models' own sizes, for benchmarks.
 MODEL_SHAPES: dict[str, Shape] = {
     "vim_small": Shape(8, 768, 197, 16),
     "vim_tiny_b1": Shape(1, 384, 197, 16),
+    "few_channels": Shape(1, 16, 4096, 16),
 }
 
 

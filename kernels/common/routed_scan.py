@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from vitzoo.kernels.common import scan_support
-from vitzoo.kernels.common.scan_support import TILE, as_wide_as, compute_dtype, part_channels
+from vitzoo.kernels.common.scan_support import (
+    PIECE,
+    as_wide_as,
+    compute_dtype,
+    forward_division,
+    is_divided,
+    part_channels,
+)
 
 
 class RoutedGradients(NamedTuple):
@@ -124,7 +131,8 @@ def forward(
     """
     given = _arguments(u, delta, A, B, C, D, z, delta_bias, routes, width)
     out = torch.empty(u[0].shape, dtype=u[0].dtype)
-    torch.ops.vitzoo_native.routed_scan_fwd(*given, delta_softplus, list(routes), width, TILE, out)
+    division = forward_division(u[0].shape[0], given.B[0].shape[1], *u[0].shape[1:])
+    torch.ops.vitzoo_native.routed_scan_fwd(*given, delta_softplus, list(routes), width, *division, out)
     return out
 
 
@@ -154,6 +162,8 @@ def backward(
     dtype, dstate, groups = compute_dtype(u[0]), A[0].shape[1], given.B[0].shape[1]
     piece = part_channels(batch, groups, dim // groups, dstate)
     parts = -(-(dim // groups) // piece)
+    tokens = PIECE if is_divided(batch * groups * parts, seqlen) else 0
+    pieces = -(-seqlen // tokens) if tokens else 1
 
     def empty(count: int, *shape: int) -> list[Tensor]:
         return [torch.empty(shape, dtype=dtype) for _ in range(count)]
@@ -164,9 +174,9 @@ def backward(
     count = len(routes)
     du = [like(x) for x in given.u]
     dsteps = [like(x) for x in given.delta] if ddelta is None else list(ddelta)
-    dA = empty(count, batch, dim, dstate)
+    dA = empty(count, batch, pieces, dim, dstate)
     dB, dC = (empty(count, batch, parts, groups, dstate, seqlen) for _ in range(2))
-    dD, dbias = empty(len(given.D), batch, dim), empty(len(given.delta_bias), batch, dim)
+    dD, dbias = (empty(len(x), batch, pieces, dim) for x in (given.D, given.delta_bias))
     dz = None if given.z is None else like(given.z)
     torch.ops.vitzoo_native.routed_scan_bwd(
         dout.to(u[0].dtype),
@@ -175,6 +185,7 @@ def backward(
         list(routes),
         width,
         piece,
+        tokens,
         *(du, dsteps, dA, dB, dC, dD, dz, dbias),
     )
 
@@ -185,10 +196,10 @@ def backward(
     return RoutedGradients(
         du,
         dsteps,
-        [x.sum(0) for x in dA],
+        [x.sum((0, 1)) for x in dA],
         fold(dB, B),
         fold(dC, C),
-        None if D is None else [x.sum(0) for x in dD],
+        None if D is None else [x.sum((0, 1)) for x in dD],
         dz,
-        None if delta_bias is None else [x.sum(0) for x in dbias],
+        None if delta_bias is None else [x.sum((0, 1)) for x in dbias],
     )

@@ -40,12 +40,14 @@ SHAPES: dict[str, Shape] = {
     "plain": Shape(2, 6, 5, 4, 3, has_D=False, has_delta_bias=False, delta_softplus=False),
     "odd": Shape(3, 19, 9, 7, 5),
     "two_chunks": Shape(1, 17, 18, 17, 1),
+    "few_channels": Shape(1, 5, 31, 37, 3),
 }
 # The models' own sizes, for benchmarks.
 MODEL_SHAPES: dict[str, Shape] = {
     "vmamba_tiny_stage1": Shape(2, 96, 56, 56, 1),
     "vmamba_tiny_stage3": Shape(2, 384, 14, 14, 1),
     "vanilla_vmamba_tiny_stage3": Shape(2, 768, 14, 14, 16),
+    "few_channels": Shape(1, 16, 64, 64, 16),
 }
 
 

@@ -21,7 +21,7 @@ from vitzoo.kernels.bidirectional_selective_scan import bidirectional_selective_
 from vitzoo.kernels.bidirectional_selective_scan.flops import bidirectional_selective_scan_flops
 from vitzoo.kernels.bidirectional_selective_scan.inputs import SHAPES, Shape, make_inputs
 from vitzoo.kernels.bidirectional_selective_scan.reference import bidirectional_selective_scan_reference
-from vitzoo.kernels.common import native
+from vitzoo.kernels.common import native, scan_support
 from vitzoo.kernels.common.backends import BackendError, operators, use_backend
 from vitzoo.kernels.selective_scan import selective_scan, selective_scan_flops
 from vitzoo.testing import FLOORS, assert_backend_close, gpu_or_cpu, image, outputs_and_gradients
@@ -188,6 +188,28 @@ def test_gradcheck(shape: Shape, backend: str) -> None:
 
     with use_backend(backend):
         assert torch.autograd.gradcheck(scan, [inputs[k].double().requires_grad_() for k in names])
+
+
+@needs_extension
+@pytest.mark.parametrize("threads", [1, 8])
+def test_gradcheck_over_pieces_of_the_tokens(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_support, "LONG", 257)
+    inputs, before = make_inputs(Shape(1, 1, 259, 1), torch.float64), torch.get_num_threads()
+    # slow decays, so that a piece feels the one before
+    inputs |= {name: 0.1 * inputs[name] for name in ("A", "A_b")}
+    softplus = inputs.pop("delta_softplus")
+    leaves = {k: v.double().requires_grad_() for k, v in inputs.items()}
+    torch.set_num_threads(threads)
+    try:
+        with use_backend("cpu"):
+            assert torch.autograd.gradcheck(
+                lambda *tensors: bidirectional_selective_scan(
+                    **dict(zip(leaves, tensors, strict=True)), delta_softplus=softplus
+                ),
+                tuple(leaves.values()),
+            )
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Mixer(nn.Module):

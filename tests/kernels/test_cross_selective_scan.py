@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitzoo.kernels.common import native
+from vitzoo.kernels.common import native, scan_support
 from vitzoo.kernels.common.backends import BackendError, operators, use_backend
 from vitzoo.kernels.cross_selective_scan import cross_selective_scan, cross_selective_scan_flops
 from vitzoo.kernels.cross_selective_scan.inputs import SHAPES, Shape, make_inputs
@@ -161,6 +161,24 @@ def test_gradcheck(backend: str) -> None:
             lambda *tensors: cross_selective_scan(*tensors, softplus),
             [x.requires_grad_() for x in inputs.values()],
         )
+
+
+@needs_extension
+@pytest.mark.parametrize("threads", [1, 8])
+def test_gradcheck_over_pieces_of_the_tokens(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_support, "LONG", 257)
+    inputs, before = make_inputs(Shape(1, 1, 7, 37, 1), torch.float64), torch.get_num_threads()
+    inputs["A"] = 0.1 * inputs["A"]  # slow decays, so that a piece feels the one before
+    softplus = inputs.pop("delta_softplus")
+    torch.set_num_threads(threads)
+    try:
+        with use_backend("cpu"):
+            assert torch.autograd.gradcheck(
+                lambda *tensors: cross_selective_scan(*tensors, softplus),
+                [x.requires_grad_() for x in inputs.values()],
+            )
+    finally:
+        torch.set_num_threads(before)
 
 
 class _SS2D(nn.Module):

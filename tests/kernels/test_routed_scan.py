@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitzoo.kernels.common import native, routed_scan
-from vitzoo.kernels.common.scan_support import BACKWARD_ITEMS, TILE, part_channels
+from vitzoo.kernels.common import native, routed_scan, scan_support
+from vitzoo.kernels.common.scan_support import BACKWARD_ITEMS, TILE, is_divided, part_channels
 from vitzoo.kernels.selective_scan.reference import selective_scan_reference
 from vitzoo.testing import FLOORS, assert_close_to_reference, image
 
@@ -136,10 +136,7 @@ def by_routes(inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {"out": out} | flat(gradients._asdict())
 
 
-@pytest.mark.parametrize("dtype", FLOORS, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_routes_are_as_close_as_the_reference(case: Case, dtype: torch.dtype) -> None:
-    inputs = make_inputs(case, dtype)
+def assert_as_close_as_the_reference(inputs: dict[str, Any], floor: float) -> None:
     wide = {
         k: [x.double() for x in v] if isinstance(v, list) else v.double() if isinstance(v, Tensor) else v
         for k, v in inputs.items()
@@ -150,7 +147,13 @@ def test_routes_are_as_close_as_the_reference(case: Case, dtype: torch.dtype) ->
         if not exact[name].any():  # A of a single token
             assert float(value.abs().max()) < 1e-6, name
         else:
-            assert_close_to_reference(value, theirs[name], exact[name], FLOORS[dtype], name)
+            assert_close_to_reference(value, theirs[name], exact[name], floor, name)
+
+
+@pytest.mark.parametrize("dtype", FLOORS, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_routes_are_as_close_as_the_reference(case: Case, dtype: torch.dtype) -> None:
+    assert_as_close_as_the_reference(make_inputs(case, dtype), FLOORS[dtype])
 
 
 def test_views_and_token_major_memory_are_read_in_place() -> None:
@@ -177,6 +180,86 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(results[0][k], other[k]) for k in other)
+
+
+# Divided along the tokens: L just long enough, pieces of 768 tokens with a short last one (of 8 at most), two tiles of
+# a work item, columns that pieces cut, lanes without a channel, groups, and none of the options. With 8 threads they
+# share a tile, with one each tile is a thread's own.
+DIVIDED = {
+    "vim_short": Case(1, 4, 1, 1024, 1, (0, 2), shared=False),
+    "vim_long": Case(1, 8, 1, 4100, 5, (0, 2)),
+    "tiles": Case(1, 24, 1, 1500, 16, (0, 2), shared=False),
+    "vmamba": Case(1, 17, 33, 37, 2, (0, 1, 2, 3), has_z=False),
+    "batch": Case(2, 13, 30, 43, 3, (0, 1, 2, 3), groups=1),
+    "groups": Case(1, 12, 61, 21, 4, (1, 2), groups=4, shared=False),
+    "plain": Case(
+        1, 7, 1279, 1, 2, (3,), has_D=False, has_z=False, has_delta_bias=False, delta_softplus=False
+    ),
+}
+
+
+@pytest.fixture
+def _few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_support, "MOST_PIECES", 8)
+
+
+@pytest.mark.usefixtures("_few_pieces")
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("case", DIVIDED.values(), ids=DIVIDED)
+def test_pieces_of_the_tokens_join(case: Case, threads: int) -> None:
+    assert is_divided(case.batch * max(case.groups, 1) * -(-case.dim // 16), case.height * case.width)
+    inputs, before = make_inputs(case), torch.get_num_threads()
+    # slow decays, so that what enters a piece is felt in the last of them
+    inputs["A"] = [0.01 * x for x in inputs["A"]]
+    torch.set_num_threads(threads)
+    try:
+        assert_as_close_as_the_reference(inputs, FLOORS[torch.float32])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_few_pieces")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", DIVIDED.values(), ids=DIVIDED)
+def test_the_number_of_threads_changes_no_bit_of_a_divided_scan(
+    case: Case, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = ("baseline", "avx2", "avx512")
+    if sets.index(isa) > sets.index(native.cpu_isa() or "baseline"):
+        pytest.skip(f"this CPU has no {isa}")
+    monkeypatch.setenv("VITZOO_CPU_ISA", isa)
+    inputs, threads, results = make_inputs(case, dtype), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(by_routes(inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][k], other[k]) for k in other)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("tokens", [(1, 1), (3, 5), (16, 16), (13, 41)], ids=str)
+def test_divided_scans_of_any_length_equal_whole_ones(
+    tokens: tuple[int, int], threads: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = ("baseline", "avx2", "avx512")
+    if sets.index(isa) > sets.index(native.cpu_isa() or "baseline"):
+        pytest.skip(f"this CPU has no {isa}")
+    monkeypatch.setenv("VITZOO_CPU_ISA", isa)
+    inputs = make_inputs(Case(1, 19, *tokens, 5, (0, 1, 2, 3)), torch.float64)
+    whole, before = by_routes(inputs), torch.get_num_threads()
+    monkeypatch.setattr(scan_support, "LONG", 1)
+    torch.set_num_threads(threads)
+    try:
+        divided = by_routes(inputs)
+    finally:
+        torch.set_num_threads(before)
+    for name, value in whole.items():
+        torch.testing.assert_close(divided[name], value, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize(

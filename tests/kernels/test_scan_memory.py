@@ -33,6 +33,12 @@ CASES: dict[str, tuple[str, Callable[..., dict[str, Any]], Any]] = {
         bidirectional.Shape(4, 256, 2048, 16),
     ),
     "cross": ("cross_selective_scan", cross.make_inputs, cross.Shape(2, 256, 64, 64, 8)),
+    "bidirectional_few_channels": (
+        "bidirectional_selective_scan",
+        bidirectional.make_inputs,
+        bidirectional.Shape(1, 64, 8192, 4),
+    ),
+    "cross_few_channels": ("cross_selective_scan", cross.make_inputs, cross.Shape(1, 64, 128, 64, 4)),
     # heads that share B and C, cut into parts; heads of their own; enough of them to go one by one
     "ssd": ("ssd_scan", ssd.make_inputs, ssd.Shape(1, 8192, 8, 64, 64)),
     "retention": ("retention", retention.make_inputs, retention.Shape(2, 4096, 4, 64, 64)),
