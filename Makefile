@@ -21,7 +21,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*
 	@touch $@
 
 demo: install
-	$(BIN)/vitzoo demo --out results
+	$(BIN)/vitzoo demo --out results --int8
 
 test: install
 	$(PYTEST) -n 2 -m "not slow and not gpu"

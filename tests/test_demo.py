@@ -130,6 +130,7 @@ def test_ends_in_an_int8_file_or_says_why_not(
     assert found["size_bytes"] == (tmp_path / found["file"]).stat().st_size
     assert 0.5 < found["coverage"] <= 1
     assert 0 < found["logit_error"] < 1
+    assert not found["products"]
     assert (found["refused"] is None) == (speed == 0)
     assert f"{found['coverage']:.3f}" in text.getvalue()
     assert max(map(len, text.getvalue().splitlines())) <= 80
@@ -138,6 +139,17 @@ def test_ends_in_an_int8_file_or_says_why_not(
     assert ("refused: speed is" in page) == (speed > 0)
     session = open_session(tmp_path / found["file"])
     assert run_session(session, torch.zeros(3, 3, 224, 224))[0].shape == (3, 1000)
+
+
+@pytest.mark.slow
+def test_products_are_quantized_where_they_alone_would_miss_the_gate(tmp_path: Path) -> None:
+    text = io.StringIO()
+    run(tmp_path, models=NAMES[1:], seconds=0.01, int8=True, console=Console(file=text, width=80))
+    found = json.loads((tmp_path / "demo.json").read_text())["models"][0]["int8"]
+    assert found["products"]
+    assert found["coverage"] > int8.THRESHOLDS.coverage
+    assert "attention's products too" in text.getvalue()
+    assert "attention's products too" in (tmp_path / "demo.html").read_text()
 
 
 def test_crops_are_normalized_and_the_same_each_time() -> None:

@@ -206,6 +206,23 @@ def test_the_gate_keeps_the_float_file_instead(
         assert relative_difference(out, model(HELD_BACK)) < 1e-5
 
 
+def test_a_float_file_at_hand_is_not_written_anew(
+    model: nn.Module, made: dict[str, QuantizedModel], tmp_path: Path
+) -> None:
+    at_hand, steps = tmp_path / "float.onnx", list[str]()
+    vitzoo.export_onnx(model, at_hand, SIZE)
+    give = {"progress": steps.append, "float_file": at_hand}
+    path, lenient = tmp_path / "m.onnx", Thresholds(coverage=0, speed=0)
+    gate = export_quantized(model, made["static"], path, HELD_BACK, "x86-avx2", lenient, **give)
+    assert 0 < gate.logit_error < 0.5
+    with pytest.raises(GateError):
+        export_quantized(model, made["static"], path, HELD_BACK, "x86-avx2", Thresholds(speed=1000), **give)
+    assert (tmp_path / "m.float.onnx").read_bytes() == at_hand.read_bytes()
+    assert "export the float model" not in steps
+    with pytest.raises(ValueError, match="a single ONNX file only"):
+        export_quantized(model, made["static"], tmp_path / "m.pt2", HELD_BACK, "x86-avx2", **give)
+
+
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     model: nn.Module,
     made: dict[str, QuantizedModel],

@@ -77,7 +77,7 @@ def demo(
     models: Annotated[list[str] | None, typer.Option("--model", help="Model; may be repeated.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     pretrained: Annotated[bool, typer.Option(help="Try to download the published weights.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantize each model too, minutes a model.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize each too; up to minutes a model.")] = False,
     json: Json = False,
 ) -> None:
     """Run one backbone of each category on a real photograph: count, time, export, compare."""

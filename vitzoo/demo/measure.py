@@ -104,12 +104,15 @@ def _measured(names: list[str], settings: Settings, tell: Tell) -> tuple[dict[st
                 tell(f"{name}: {step}", share)
 
             with _failures_in(subject.row):
-                _export(subject, folder, told, keep=settings.onnx_folder is not None)
+                keep = settings.onnx_folder is not None
+                exported = _export(subject, folder, told, keep)
                 if settings.int8_folder is not None:
                     path = settings.int8_folder / f"{name.replace('/', '_')}_int8.onnx"
                     subject.row["int8"] = write_int8(
-                        subject.model, photos.values(), path, settings.threads, told
+                        subject.model, photos.values(), path, settings.threads, told, exported
                     )
+                if not keep:
+                    exported.unlink()
     tell("done", 1.0)
     result = {
         "photographs": list(photos),
@@ -232,7 +235,7 @@ def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": round(float(median), 3), "iqr": round(float(q3 - q1), 3), "rounds": len(seconds)}
 
 
-def _export(subject: Subject, folder: Path, tell: Callable[[str], None], keep: bool) -> None:
+def _export(subject: Subject, folder: Path, tell: Callable[[str], None], keep: bool) -> Path:
     path = folder / f"{subject.row['model'].replace('/', '_')}.onnx"
     tell("export to ONNX")
     report = export_onnx(subject.model, path, subject.row["input_size"], progress=tell)
@@ -252,5 +255,4 @@ def _export(subject: Subject, folder: Path, tell: Callable[[str], None], keep: b
         "latency_ms": _milliseconds(times),
         "file": path.name if keep else None,
     }
-    if not keep:
-        path.unlink()
+    return path

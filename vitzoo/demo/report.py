@@ -52,6 +52,9 @@ def print_summary(console: Any, result: dict[str, Any], out: Path) -> None:
     rows = [row for row in result["models"] if "error" not in row]
     if any(row["weights"].startswith("untrained") for row in rows):
         console.print(UNTRAINED, style="yellow", highlight=False)
+    passed = [row["int8"]["file"] for row in quantized if not row["int8"]["refused"]]
+    if passed:
+        console.print(f"INT8 files in {out}: {', '.join(passed)}", highlight=False)
     console.print(f"wrote {out / 'demo.json'} and {out / 'demo.html'} in {result['seconds']:.0f} s")
 
 
@@ -113,13 +116,14 @@ def _int8_table(rows: list[dict[str, Any]]) -> Any:
 
     title = f"INT8 in ONNX Runtime, recipe {rows[0]['int8']['recipe']}, for {rows[0]['int8']['target']}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("model", min_width=26, overflow="fold")
+    table.add_column("model\ncategory", min_width=26, overflow="fold")
     for name in ("integer\nMACs", "speed over\nfloat", "logit\nerror", "same\ntop-1", "MB", "accepted"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         gate = row["int8"]
+        also = "\n[dim]attention's products too[/dim]" if gate["products"] else ""
         table.add_row(
-            row["model"],
+            f"{row['model']}\n[dim]{', '.join(row['categories'])}[/dim]{also}",
             f"{gate['coverage']:.3f}",
             f"{gate['speed']:.2f}x",
             f"{gate['logit_error']:.1%}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,7 @@ def export_quantized(
     batch_size: int = 8,
     opset: int = OPSET,
     progress: Callable[[str], None] | None = None,
+    float_file: str | os.PathLike[str] | None = None,
 ) -> Gate:
     """Write a quantized model as a file, if the gate lets it pass, with a JSON file of the same stem beside it.
 
@@ -143,6 +145,8 @@ def export_quantized(
         batch_size: of the timing.
         opset: ONNX operator set.
         progress: called with a few words at the start of each step.
+        float_file: the float model's ONNX file where `export_onnx` has already written one, which is then not written
+            anew but copied.
 
     Returns:
         What was found.
@@ -166,12 +170,17 @@ def export_quantized(
         )
     if len(held_back) == 0:
         raise ValueError("there are no held-back images to compare on")
+    if float_file is not None and (kind.suffix != ".onnx" or belonging(Path(float_file))):
+        raise ValueError("float_file takes the place of a single ONNX file only, leave it out")
     tell, thresholds = progress or silent, thresholds or Thresholds()
     with scratch_folder(destination) as folder:
         check_notes(destination)
         written, floating = folder / destination.name, folder / f"{destination.stem}.float{kind.suffix}"
-        tell("export the float model")
-        kind.write(model, floating, quantized.input_size, opset, True, None, False)
+        if float_file is None:
+            tell("export the float model")
+            kind.write(model, floating, quantized.input_size, opset, True, None, False)
+        else:
+            shutil.copyfile(float_file, floating)
         baseline = {*folder.iterdir()}
         tell("export the quantized model")
         nodes = kind.write_int8(quantized, written, model, target, opset)
