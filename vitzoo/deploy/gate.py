@@ -96,7 +96,7 @@ class Gate:
                 f"integer coverage is {self.coverage:.3f}, below {thresholds.coverage} (in float: {left})"
             )
         if self.speed < thresholds.speed:
-            found.append(f"speed is {self.speed:.2f} of the float file's, below {thresholds.speed}")
+            found.append(f"speed is {self.speed:.3f} of the float file's, below {thresholds.speed}")
         if thresholds.error is not None and self.logit_error > thresholds.error:
             found.append(f"relative logit error is {self.logit_error:.4f}, above {thresholds.error}")
         return found
