@@ -190,7 +190,7 @@ def bidirectional_selective_scan(
     back = {"delta": delta_b, "A": A_b, "B": B_b, "C": C_b, "D": D_b, "delta_bias": delta_bias_b}
     _check(u, z, u_b, ahead, back)
     inputs: tuple[Any, ...] = (u, z, *ahead.values(), *back.values(), u_b, delta_softplus)
-    if exporting():
+    if exporting("bidirectional_selective_scan"):
         from vitzoo.kernels.bidirectional_selective_scan.onnx import bidirectional_selective_scan_export
 
         return bidirectional_selective_scan_export(*inputs)

@@ -23,23 +23,30 @@ from vitzoo.kernels.common.eager import direct
 _LIBRARY = torch.library.Library("vitzoo", "FRAGMENT")
 # operator -> FLOPs in the convention of the scan papers' tables, from the inputs with tensors as shapes
 paper_formulas: dict[Any, Callable[..., int]] = {}
-_KEPT = ContextVar("kept", default=False)
+_KEPT: ContextVar[bool | tuple[str, ...]] = ContextVar("kept", default=False)
 
 
 @contextlib.contextmanager
-def keep_operators() -> Iterator[None]:
-    """Leave operators whole in graphs that torch.export traces meanwhile: they then run on our kernels, with vitzoo."""
-    token = _KEPT.set(True)
+def keep_operators(*names: str) -> Iterator[None]:
+    """Leave operators whole in graphs that torch.export traces meanwhile: they then run on our kernels, with vitzoo.
+
+    Args:
+        names: of the operators; none means every one.
+    """
+    token = _KEPT.set(names or True)
     try:
         yield
     finally:
         _KEPT.reset(token)
 
 
-def exporting() -> bool:
+def exporting(name: str = "") -> bool:
     """Return whether the call is being traced for export, where an operator decomposes into torch operations."""
+    kept = _KEPT.get()
+    if kept is True or (kept and name in kept):
+        return False
     # torch 2.11 answers yes to is_exporting() under torch.compile too, where the operator itself belongs
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling() and not _KEPT.get()
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def register(

@@ -206,6 +206,23 @@ def test_the_gate_keeps_the_float_file_instead(
         assert relative_difference(out, model(HELD_BACK)) < 1e-5
 
 
+def test_a_scan_is_one_operator_in_the_simulation_and_spelled_out_in_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vim = vitzoo.create_model("vim_tiny_patch16_224", img_size=SIZE, depth=1, num_classes=10).eval()
+    quantized = quantize(vim, RECIPES["static"], BATCHES)
+    targets = [str(node.target) for node in quantized.float_graph.graph.nodes]
+    assert targets.count("vitzoo.bidirectional_selective_scan.default") == 1
+    assert "scan" not in targets
+    with torch.no_grad():
+        assert relative_difference(quantized.float_graph(HELD_BACK), vim(HELD_BACK)) < 1e-5
+    path = tmp_path / "m.onnx"
+    assert write_quantized(quantized, path, vim, "x86-vnni")["Scan"] == 1  # of both directions
+    (out,) = run_session(open_session(path), HELD_BACK)
+    with torch.no_grad():
+        assert relative_difference(out, quantized(HELD_BACK)) < 0.01  # codes on a tie
+        assert relative_difference(out, vim(HELD_BACK)) < 0.1
+
+
 def test_a_float_file_at_hand_is_not_written_anew(
     model: nn.Module, made: dict[str, QuantizedModel], tmp_path: Path
 ) -> None:

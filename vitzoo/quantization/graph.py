@@ -23,6 +23,8 @@ from vitzoo.kernels.common.registration import keep_operators
 from vitzoo.layers.attention import PlainAttention
 
 aten = torch.ops.aten
+# spelled out its tokens' states, N numbers a channel each, would all be in memory, and eager runs a step at a time
+SCAN = "bidirectional_selective_scan"
 
 # operations that only move elements: what is true of their input's origin is true of theirs
 _MOVES = {
@@ -84,14 +86,16 @@ def capture(model: nn.Module, x: Tensor, whole: bool = False) -> fx.GraphModule:
     Args:
         model: any model that exports, ours or timm's.
         x: an example, (2, C, H, W); its size is kept, its batch is not.
-        whole: leave attention and our operators as single nodes, to be run by PyTorch, instead of spelling them out.
+        whole: leave attention and our operators as single nodes, to be run by PyTorch, instead of spelling them out;
+            the scan, which has no product to quantize, always is one.
 
     Raises:
         RuntimeError: torch.export cannot trace the model; the message is its own.
     """
     training = model.training
     try:
-        with torch.no_grad(), _quiet(), keep_operators() if whole else PlainAttention():
+        kept = keep_operators() if whole else keep_operators(SCAN)
+        with torch.no_grad(), _quiet(), kept, contextlib.nullcontext() if whole else PlainAttention():
             program = torch.export.export(
                 model.eval(), (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
             )

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vitzoo.kernels.bidirectional_selective_scan import bidirectional_selective_scan
 from vitzoo.quantization.api import QuantizedModel
-from vitzoo.quantization.graph import Site, convolution_arguments, get_tensor, tidy
+from vitzoo.quantization.graph import SCAN, Site, convolution_arguments, get_tensor, tidy
 from vitzoo.quantization.quantizers import Quantizer, Uniform
 from vitzoo.quantization.simulate import SitePlan, dynamic_range
 
@@ -120,6 +121,11 @@ class _Builder:
             if plan is not None:
                 with self.graph.inserting_before(nodes[site.node]):
                     self._rewrite(site, plan, nodes[site.node], nodes[site.result])
+        for node in self.graph.nodes:
+            if node.target is getattr(torch.ops.vitzoo, SCAN).default:
+                node.target = (
+                    bidirectional_selective_scan  # exporters see through the function, not the operator
+                )
         tidy(self.module)
         return self.module
 
