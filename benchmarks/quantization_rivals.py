@@ -260,8 +260,23 @@ def table(record: dict[str, Any]) -> str:
         for road in dict.fromkeys(road for _, road in found):
             cells = [_cell(found[model, road]) if (model, road) in found else "" for model in models]
             lines.append(f"| `{road}` | {' | '.join(cells)} |")
+        rows = [row for row in record["results"] if row["threads"] == threads]
+        best = [_best([row for row in rows if row["model"] == model]) for model in models]
+        lines.append(f"| best of ours : best rival | {' | '.join(best)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _best(rows: list[dict[str, Any]]) -> str:
+    """Return how much faster the fastest of our roads is than the fastest rival, and both errors."""
+    timed = [row for row in rows if "median_ms" in row]
+    by = {who: [row for row in timed if row["by"] == who] for who in ("ours", "rival")}
+    if not all(by.values()):
+        return ""
+    ours, rival = (min(found, key=lambda row: row["median_ms"]) for found in by.values())
+    ratio = rival["median_ms"] / ours["median_ms"]
+    names = f"`{ours['road']}` : `{rival['road']}`"
+    return f"{names} {ratio:.2f}x, {ours['logit_error']:.1%} : {rival['logit_error']:.1%}"
 
 
 def _cell(row: dict[str, Any]) -> str:
