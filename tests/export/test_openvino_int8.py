@@ -1,0 +1,42 @@
+"""OpenVINO runs our INT8 files with the simulation's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from vitzoo.export.openvino import convert_onnx, open_openvino
+from vitzoo.export.quantized import write_quantized
+from vitzoo.quantization.api import quantize
+from vitzoo.quantization.config import Recipe
+from vitzoo.testing import image, relative_difference
+
+pytest.importorskip("openvino", reason="pip install 'vitzoo[openvino]'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_an_integer_patch_embedding_is_the_simulation(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "deit_tiny_patch16_224", depth=1, num_classes=10, embed_dim=48, img_size=64
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    x = image((2, 3, 64, 64), 0)
+    recipe = Recipe("static", reduce_range=True)
+    quantized = quantize(model, recipe, [x], filter_fn=lambda site: "patch_embed" in site.name)
+    path = tmp_path / "int8.onnx"
+    write_quantized(quantized, path, model, "x86-avx2")
+    if suffix == ".xml":
+        convert_onnx(path, tmp_path / "int8.xml")
+    with torch.no_grad():
+        exact, expected = model(x), quantized(x)
+    (out,) = open_openvino(tmp_path / f"int8{suffix}", threads=1)(x)
+    cost = relative_difference(expected, exact)
+    assert 1e-3 < cost < 0.1
+    assert relative_difference(out, expected) < 0.1 * cost
