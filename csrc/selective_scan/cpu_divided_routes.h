@@ -21,7 +21,7 @@ struct RoutedTile {
     return static_cast<Vec<T>*>(args.planes) + (number * args.items + item) * args.routed->route[0].seqlen;
   }
 
-  // Of the forward pass; y is where delta was.
+  // Of the forward pass; y of several routes at once is where delta was, that of one is added to the sum.
   VITZOO_INLINE Vec<T>* sum() const { return plane(0); }
   VITZOO_INLINE Vec<T>* y(int64_t r) const { return plane(1 + r - args.route); }
   VITZOO_INLINE Vec<T>* u(int64_t r) const {
@@ -93,7 +93,11 @@ void run_route(const RoutedTile<T>& at, int64_t r, const Forward<T>& w, int64_t 
                  forward_stretch<T, false, false, true>(*d.scan, at.tile, w, own, token, count,
                                                         [](int64_t, int64_t)
                                                             __attribute__((always_inline)) {});
-                 scatter<T>(route, token, count, w.y, y);
+                 if (at.args.at_once == 1) {
+                   scatter_add<T>(route, token, count, w.y, at.sum());
+                 } else {
+                   scatter<T>(route, token, count, w.y, y);
+                 }
                });
 }
 
@@ -152,14 +156,14 @@ void routes_second(const DividedRoutesArgs& args, int64_t begin, int64_t end, vo
                 });
 }
 
-// The sum of the routes, gated and stored after the last of them.
+// The sum of routes run at once, gated and stored after the last of them.
 template <class T>
 void routes_add(const DividedRoutesArgs& args, int64_t begin, int64_t end, void*) {
   const SelectiveScanArgs& first = args.routed->route[0];
   for_pixels<T>(args, begin, end,
                 [&](const RoutedTile<T>& at, int64_t token, int64_t count) __attribute__((always_inline)) {
                   Vec<T>* const sum = at.sum();
-                  for (int64_t r = args.route; r < args.route + args.at_once; ++r) {
+                  for (int64_t r = args.route; args.at_once > 1 && r < args.route + args.at_once; ++r) {
                     const Vec<T>* const y = at.y(r);
                     for (int64_t t = token; t < token + count; ++t) {
                       sum[t] += y[t];

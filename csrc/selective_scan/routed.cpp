@@ -95,7 +95,9 @@ void divided_forward(const DividedRoutesKernels& kernels, DividedRoutesArgs args
       run(kernels.carry, args, scans, false);
       run(kernels.second, args, scans * others, true);
     }
-    run(kernels.add, args, pieces, false);
+    if (args.at_once > 1 || args.route + 1 == args.routed->routes) {
+      run(kernels.add, args, pieces, false);
+    }
   }
 }
 
