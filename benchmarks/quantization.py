@@ -13,8 +13,8 @@ rows replace those that the output file has of it. `table` prints the file as Ma
 Weights are filled by name and shape as in the tests, normal with 1 / sqrt(fan in): no network has learned to tolerate
 noise here. Statistics of BatchNorm are then those of photographs, as in every trained network: with others activations
 grow from layer to layer, and eight bits in any one layer change the logits by half. Images are crops of scikit-learn's
-two photographs, 32 to calibrate on, 16 others to compare on. Recipes are made for this machine. OpenVINO and NNCF are
-not measured: NNCF is no dependency.
+two photographs, 32 to calibrate on, 16 others to compare on. Recipes are made for this machine. OpenVINO, NNCF and
+torchao are measured by `benchmarks/quantization_rivals.py`.
 """
 
 from __future__ import annotations
