@@ -125,6 +125,12 @@ def test_a_slower_machine_is_no_slower_model(tmp_path: Path) -> None:
     }
     assert found["slower"].relative.low < 0.9 < found["slower"].relative.high
     assert found["base"].relative is None
+    silent = tmp_path / "silent"  # of the confidence of its intervals
+    header, *rest = files[0].read_text().splitlines()
+    header = json.dumps({k: v for k, v in json.loads(header).items() if k != "measure"})
+    silent.write_text("\n".join([header, *rest, ""]))
+    for pair in ((silent, silent), (silent, files[1])):
+        assert [d.relative for d in compare_files(*pair).differences] == [None] * 3
     shown = json.loads(CliRunner().invoke(app, ["compare", *map(str, files), "--json"]).stdout)["differences"]
     assert [d["relative_verdict"] for d in shown] == ["", "slower", ""]
     assert [d["relative"] and d["relative"]["value"] for d in shown] == [

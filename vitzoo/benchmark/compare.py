@@ -164,9 +164,12 @@ def _difference(
 
 def _relative(before: Row, after: Row, stated: tuple[float | None, float | None]) -> Ratio | None:
     base = before.get("ratio_to")
-    if base is None or base == before["label"] or base != after.get("ratio_to") or stated[0] != stated[1]:
+    confidence = stated[0]
+    if base is None or base == before["label"] or base != after.get("ratio_to"):
         return None
-    return change(*(_stated(row, stated[0] or math.nan) for row in (before, after)))
+    if confidence is None or confidence != stated[1]:
+        return None
+    return change(_stated(before, confidence), _stated(after, confidence))
 
 
 def _stated(row: Row, confidence: float) -> Ratio:
