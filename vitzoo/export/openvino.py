@@ -187,7 +187,7 @@ def read_ir(path: str | os.PathLike[str]) -> Any:
     if not weights.is_file():
         raise FileNotFoundError(f"there is no {weights}, which has the weights of {path}")
     try:
-        return core().read_model(str(path))
+        return _read(path)
     except RuntimeError as error:
         raise ExportError(f"OpenVINO cannot read {path}: {first_cause(error)}") from error
 
