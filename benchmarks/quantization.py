@@ -258,6 +258,14 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_results(path: Path, results: list[dict[str, Any]], keys: tuple[str, ...], **facts: Any) -> None:
+    """Write rows in the place of those of the file that have the same keys, below facts of this run."""
+    before = json.loads(path.read_text())["results"] if path.exists() else []
+    new = {tuple(row[key] for key in keys) for row in results}
+    kept = [row for row in before if tuple(row[key] for key in keys) not in new]
+    write_text(path, json.dumps({**facts, "results": [*kept, *results]}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -286,10 +294,7 @@ def main() -> None:
             name, args.recipes, args.folder, args.threads, args.batch, args.seconds, product["ratio"]
         )
     if args.output is not None:
-        before = json.loads(args.output.read_text())["results"] if args.output.exists() else []
-        kept = [row for row in before if row["model"] not in args.models]
-        record = {"machine": surroundings(), "product": product, "results": [*kept, *results]}
-        write_text(args.output, json.dumps(record, indent=1) + "\n")
+        write_results(args.output, results, ("model",), machine=surroundings(), product=product)
 
 
 if __name__ == "__main__":

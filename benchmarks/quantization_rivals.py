@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantization import BASELINE, CALIBRATION, HELD_BACK, crops, filled
+from quantization import BASELINE, CALIBRATION, HELD_BACK, crops, filled, write_results
 from run_kernels import summary, surroundings
 from torch import Tensor, nn
 
@@ -311,11 +311,8 @@ def main() -> None:
     for name in args.models:
         results += measure(name, args.folder, args.threads, args.batch, args.seconds)
     if args.output is not None:
-        before = json.loads(args.output.read_text())["results"] if args.output.exists() else []
-        kept = [row for row in before if row["model"] not in args.models or row["threads"] != args.threads]
-        versions = {package: version(package) for package in INSTALL}
-        record = {"machine": {**surroundings(), "rivals": versions}, "results": [*kept, *results]}
-        write_text(args.output, json.dumps(record, indent=1) + "\n")
+        machine = {**surroundings(), "rivals": {package: version(package) for package in INSTALL}}
+        write_results(args.output, results, ("model", "threads"), machine=machine)
 
 
 if __name__ == "__main__":
