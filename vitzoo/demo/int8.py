@@ -14,7 +14,6 @@ from torchvision import transforms
 
 from vitzoo.deploy import GateError, Thresholds, export_quantized, quantize, this_machine
 from vitzoo.export.quantized import for_target
-from vitzoo.quantization.api import QuantizedModel
 from vitzoo.quantization.config import load_recipe
 
 RECIPE = "w8a8"  # "auto" measures every layer, minutes a model
@@ -46,6 +45,7 @@ def write_int8(
     path: Path,
     threads: int | None,
     tell: Callable[[str], None],
+    attention: float,
     float_file: Path | None = None,
 ) -> dict[str, Any]:
     """Quantize a model and write its INT8 file, if the gate lets it pass.
@@ -56,6 +56,8 @@ def write_int8(
         path: the file, `*.onnx`.
         threads: of ONNX Runtime, PyTorch's number if None.
         tell: told the present step.
+        attention: share of the model's multiply-accumulates in attention's products, which the recipe leaves in float;
+            they are quantized too where they alone would miss the gate.
         float_file: the model's float ONNX file, if it was exported before.
 
     Returns:
@@ -65,13 +67,9 @@ def write_int8(
     images = crops(model, photos, CALIBRATED + HELD_BACK)
     target = this_machine()
     tell("quantize")
-    recipe = for_target(load_recipe(RECIPE), target)
-    batches = images[:CALIBRATED].split(BATCH)
-    quantized = quantize(model, recipe, batches, target=target)
-    products = _share_of_products(quantized) > 1 - THRESHOLDS.coverage
-    if products:  # left in float they alone would miss the gate
-        tell("quantize attention's products too")
-        quantized = quantize(model, dataclasses.replace(recipe, products=True), batches, target=target)
+    products = attention > 1 - THRESHOLDS.coverage
+    recipe = dataclasses.replace(for_target(load_recipe(RECIPE), target), products=products)
+    quantized = quantize(model, recipe, images[:CALIBRATED].split(BATCH), target=target)
     refused = None
     try:
         gate = export_quantized(
@@ -90,9 +88,3 @@ def write_int8(
         gate, path, refused = error.gate, error.float_path, str(error)
     found = {"recipe": RECIPE, "products": products, "target": target, **dataclasses.asdict(gate)}
     return {**found, "file": path.name, "size_bytes": path.stat().st_size, "refused": refused}
-
-
-def _share_of_products(quantized: QuantizedModel) -> float:
-    """Return the share of multiply-accumulates in attention's products, which the recipe leaves in float."""
-    found = [layer.macs for layer in quantized.layers if layer.kind == "product"]
-    return sum(found) / max(1, sum(layer.macs for layer in quantized.layers))

@@ -53,6 +53,7 @@ class Subject:
     model: nn.Module
     x: Tensor  # the photographs, (2, C, H, W)
     row: dict[str, Any]
+    attention: float  # share of its multiply-accumulates in attention's products
 
 
 def photographs() -> dict[str, Any]:
@@ -109,7 +110,13 @@ def _measured(names: list[str], settings: Settings, tell: Tell) -> tuple[dict[st
                 if settings.int8_folder is not None:
                     path = settings.int8_folder / f"{name.replace('/', '_')}_int8.onnx"
                     subject.row["int8"] = write_int8(
-                        subject.model, photos.values(), path, settings.threads, told, exported
+                        subject.model,
+                        photos.values(),
+                        path,
+                        settings.threads,
+                        told,
+                        subject.attention,
+                        exported,
                     )
                 if not keep:
                     exported.unlink()
@@ -167,7 +174,7 @@ def _create(row: dict[str, Any], photos: dict[str, Any], settings: Settings) -> 
     }
     if row["weights"].startswith("pretrained"):
         row["top1"] = _top1(model, x, list(photos))
-    return Subject(model, x, row)
+    return Subject(model, x, row, counted.by_kind.get("attention", 0.0) / counted.gmacs)
 
 
 def _with_weights(name: str, pretrained: bool) -> tuple[nn.Module, str]:
