@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vitzoo.cli import app
-from vitzoo.deploy import gate
+from vitzoo.deploy import auto, gate
 
 pytest.importorskip("onnxruntime", reason="needs the ONNX packages: pip install 'vitzoo[onnx]'")
 
@@ -36,7 +36,10 @@ def _run(*arguments: object) -> tuple[int, str, str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*is skipped")
-def test_a_folder_of_images_becomes_an_integer_file(photos: Path, tmp_path: Path) -> None:
+def test_a_folder_of_images_becomes_an_integer_file(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "file_speeds", lambda floating, candidates, *rest: [2.0] * len(candidates))
     path = tmp_path / "int8.onnx"
     report = tmp_path / "layers.json"
     code, out, err = _run(
@@ -92,6 +95,20 @@ def test_a_file_that_is_too_slow_is_refused(photos: Path, tmp_path: Path) -> Non
     code, _, err = _run(*MODEL, "--calibration", photos, "-o", path, *fast, "--target", "x86-avx2")
     assert code == 1
     assert "below 1000" in err
+    assert os.listdir(tmp_path) == ["int8.float.onnx"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is skipped")
+def test_no_integers_are_chosen_whose_file_is_slower(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "file_speeds", lambda floating, candidates, *rest: [0.9] * len(candidates))
+    monkeypatch.setattr(gate, "SECONDS", 0.05)
+    path = tmp_path / "int8.onnx"
+    code, _, err = _run(*MODEL, "--calibration", photos, "-o", path, *LENIENT, "--target", "x86-avx2")
+    assert code == 1
+    assert "float is the fastest that holds the error budget of 3.0%" in err
+    assert "Kept the float file" in err
     assert os.listdir(tmp_path) == ["int8.float.onnx"]
 
 

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import vitzoo
-from vitzoo.deploy import Thresholds, export_quantized, onnxruntime_coverage
+from vitzoo.benchmark.timing import Timing
+from vitzoo.deploy import GateError, Thresholds, export_quantized, onnxruntime_coverage
 from vitzoo.deploy import auto as auto_module
+from vitzoo.deploy import gate as gate_module
+from vitzoo.deploy import times as times_module
 from vitzoo.deploy.times import Layer, layer_times, write_layer
+from vitzoo.export import export_onnx
 from vitzoo.export.check import open_session, run_session
 from vitzoo.export.quantized import write_quantized
 from vitzoo.quantization import api
@@ -135,7 +139,15 @@ def test_every_layer_has_a_time_in_each_of_its_modes(model: nn.Module) -> None:
     assert all(ms > 0 for found in times.values() for ms in found.values())
 
 
-def test_quantize_chooses_by_measured_times_and_the_sidecar_says_why(tmp_path: Path) -> None:
+def _at_speed(speed: float) -> Any:
+    """Return a clock by which every whole file has this speed."""
+    return lambda floating, candidates, *rest: [speed] * len(candidates)
+
+
+def test_quantize_chooses_by_measured_times_and_the_sidecar_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_module, "file_speeds", _at_speed(2.0))
     model = vitzoo.create_model("deit_tiny_patch16_224", depth=1, num_classes=10, img_size=64).eval()
     batches = [image((4, 3, 64, 64), seed) for seed in range(2)]
     quantized = vitzoo.quantize(model, calibration_batches=batches, target="x86-avx2", threads=1)
@@ -160,6 +172,7 @@ def test_targets_bound_the_modes(model: nn.Module, monkeypatch: pytest.MonkeyPat
         return {name: dict.fromkeys((FLOAT, *found), 1.0) for name, found in modes.items()}
 
     monkeypatch.setattr(auto_module, "layer_times", timed)
+    monkeypatch.setattr(auto_module, "file_speeds", _at_speed(2.0))
     monkeypatch.setattr(auto_module, "this_machine", lambda: "x86-vnni")
     rt = vitzoo.quantize(model, "auto", BATCHES, target="tensorrt")
     assert {mode for found in seen.values() for mode in found} == {"static"}
@@ -170,6 +183,46 @@ def test_targets_bound_the_modes(model: nn.Module, monkeypatch: pytest.MonkeyPat
     assert costs["dynamic"].ms == 1.0
     with pytest.raises(ValueError, match="target is 'x86', expected one of"):
         vitzoo.quantize(model, "auto", BATCHES, target="x86")
+
+
+def test_whole_files_are_timed_beside_the_float_file(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized = api.quantize(model, Recipe("w8a8", reduce_range=True), BATCHES)
+    floating = tmp_path / "float.onnx"
+    export_onnx(model, floating, SIZE, check=False)
+    outputs: list[Tensor] = []
+
+    def clocked(runs: Mapping[str, Any], **_: Any) -> dict[str, Timing]:
+        outputs.extend(run()[0] for run in runs.values())
+        seconds = dict(zip(runs, (3.0, 1.0, 2.0), strict=True))
+        return {name: Timing(name, (ms, ms), 1, 1, 1) for name, ms in seconds.items()}
+
+    monkeypatch.setattr(times_module, "compare", clocked)
+    x = HELD_BACK[:3]
+    speeds = times_module.file_speeds(floating, [quantized] * 2, model, x, "x86-avx2", 1, batch_size=4)
+    assert speeds == [3.0, 1.5]
+    with torch.no_grad():
+        exact = model(x[[0, 1, 2, 0]])
+    assert relative_difference(outputs[0], exact) < 1e-5
+    assert 1e-4 < relative_difference(outputs[1], exact) < 0.1
+
+
+def test_the_gate_says_that_float_is_the_fastest_within_the_budget(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_module, "file_speeds", _at_speed(0.8))
+    monkeypatch.setattr(
+        auto_module, "layer_times", lambda m, sites, x, modes, threads: _dynamic(m, sites, x, modes)
+    )
+    monkeypatch.setattr(gate_module, "SECONDS", 0.05)
+    quantized = vitzoo.quantize(model, "auto", BATCHES, target="x86-avx2")
+    assert quantized.why_float is not None
+    with pytest.raises(
+        GateError, match=r"^float is the fastest that holds the error budget of 3\.0%.* 0\.80 times"
+    ):
+        export_quantized(model, quantized, tmp_path / "m.onnx", HELD_BACK, "x86-avx2")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.float.onnx"]
 
 
 def test_a_float_convolution_counts_though_its_weight_is_dequantized_at_run_time(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitzoo.quantization.api import quantize
 from vitzoo.quantization.calibration import symmetric
-from vitzoo.quantization.choice import FLOAT, Cost, choose, reason
+from vitzoo.quantization.choice import FLOAT, Cost, choose, fastest_file, reason
 from vitzoo.quantization.config import Recipe
 from vitzoo.quantization.graph import capture, find_sites
 from vitzoo.quantization.migration import channel_groups, migrate
@@ -70,6 +70,67 @@ def test_the_reason_names_what_was_given_up() -> None:
         "the error budget: static takes 3.000 ms, dynamic 4.000 ms, and their logit errors are 2.00% and 0.40%"
     )
     assert reason(COSTS["c"], "static") == "integer coverage: float takes 2.000 ms, static 2.500 ms"
+
+
+FASTEST = {"a": "dynamic", "b": "static", "c": FLOAT, "d": "dynamic"}
+
+
+class Files:
+    """A clock for whole files: their speed follows from the choice, and every choice asked for is kept."""
+
+    def __init__(self, speed: Callable[[Mapping[str, str]], float]) -> None:
+        self.speed = speed
+        self.seen: list[dict[str, str]] = []
+
+    def __call__(self, choices: Sequence[Mapping[str, str]]) -> list[float]:
+        self.seen += map(dict, choices)
+        return [self.speed(choice) for choice in choices]
+
+
+def _integers(choice: Mapping[str, str]) -> set[str]:
+    return {layer for layer, option in choice.items() if option != FLOAT}
+
+
+def _whole(files: Files, budget: float = 1.0, least: int = 0) -> tuple[dict[str, str], float]:
+    return fastest_file(FASTEST, COSTS, lambda choice: _total(choice) <= budget, files, MACS, least)
+
+
+def test_a_choice_whose_file_is_faster_than_float_stays() -> None:
+    files = Files(lambda choice: 1.5)
+    assert _whole(files) == (FASTEST, 1.5)
+    static = FASTEST | {"a": "static", "d": "static"}
+    assert files.seen == [FASTEST, static], "nothing thinner is timed"
+    chains = Files(lambda choice: 1.5 + 0.1 * [*choice.values()].count("static"))
+    assert _whole(chains) == (static, pytest.approx(1.8))
+    assert _whole(chains, budget=0.02)[0] == FASTEST, "static scales throughout exceed the budget"
+
+
+def test_layers_whose_whole_file_is_slower_return_to_float() -> None:
+    speeds = {3: 0.7, 1: 1.2}
+    files = Files(lambda choice: speeds[len(_integers(choice))])
+    found, speed = _whole(files)
+    assert speed == 1.2
+    assert found == {"a": FLOAT, "b": FLOAT, "c": FLOAT, "d": "dynamic"}, "d saves most by itself"
+
+
+@pytest.mark.parametrize("speed", [0.67, 1.0, 1.019])
+def test_no_file_that_is_slower_than_float_is_chosen(speed: float) -> None:
+    files = Files(lambda choice: speed)
+    assert _whole(files) == (dict.fromkeys(COSTS, FLOAT), speed)
+    assert len(files.seen) == 3
+
+
+def test_files_with_too_few_integers_are_taken_only_where_no_other_is_faster_than_float() -> None:
+    few = Files(lambda choice: 3.0 if len(_integers(choice)) == 1 else 1.1)
+    assert _whole(few, least=90) == (FASTEST, 1.1)
+    assert _whole(few, least=92)[0]["b"] == FLOAT, "the budget leaves too few in any case"
+
+
+def test_all_in_float_is_not_timed() -> None:
+    files = Files(lambda choice: 2.0)
+    floating = dict.fromkeys(COSTS, FLOAT)
+    assert fastest_file(floating, COSTS, lambda choice: True, files, MACS) == (floating, 0.0)
+    assert files.seen == []
 
 
 class Uneven(nn.Module):
@@ -229,6 +290,46 @@ def test_auto_follows_the_times_and_the_budget(uneven: nn.Module) -> None:
         uneven, Recipe("a", activations="auto", error_budget=budget), BATCHES, clock=_clock(times)
     )
     assert again.layers == held.layers
+
+
+def test_auto_gives_float_where_no_whole_file_is_faster(uneven: nn.Module) -> None:
+    times = {FLOAT: 3.0, "static": 1.0, "dynamic": 2.0}
+    raced: list[int] = []
+
+    def race(candidates: Sequence[Any]) -> list[float]:
+        raced.extend(len(candidate.plans) for candidate in candidates)
+        return [0.67] * len(candidates)
+
+    found = quantize(uneven, AUTO, BATCHES, clock=_clock(times), race=race)
+    assert raced == [6, 3, 1]
+    assert found.plans == {}
+    assert found.logit_error < 1e-6
+    assert found.why_float == (
+        "float is the fastest that holds the error budget of 50.0%: the best file with layers in integers had 0.67 "
+        "times its speed"
+    )
+    assert {layer.why for layer in found.layers} == {found.why_float}
+    slow = quantize(uneven, AUTO, BATCHES, clock=_clock({**times, FLOAT: 0.5}), race=lambda c: [2.0] * len(c))
+    assert slow.why_float is None, "coverage asks for integers, and the whole file pays"
+    tight = quantize(
+        uneven, Recipe("a", activations="auto", error_budget=1e-9), BATCHES, clock=_clock(times), race=race
+    )
+    assert tight.why_float is not None
+    assert tight.why_float.endswith("each layer in integers is slower by itself or exceeds it")
+    assert len(raced) == 3, "there was nothing to time"
+
+
+def test_auto_says_which_layers_the_whole_file_changed(uneven: nn.Module) -> None:
+    times = {FLOAT: 3.0, "static": 2.0, "dynamic": 1.0}
+
+    def race(candidates: Sequence[Any]) -> list[float]:
+        return [1.0 + 0.1 * sum(not plan.dynamic for plan in c.plans.values()) for c in candidates]
+
+    found = quantize(uneven, AUTO, BATCHES, clock=_clock(times), race=race)
+    assert {layer.mode for layer in found.layers} == {"static"}
+    why = {layer.name: layer.why for layer in found.layers}
+    assert why["stem"] == "the fastest"
+    assert why["fc1"] == "the whole file, which is faster than with dynamic here"
 
 
 def test_auto_for_avx2_takes_all_of_uint8_only_where_the_budget_asks(uneven: nn.Module) -> None:

@@ -98,6 +98,8 @@ def quantize(
             target=goal,
             threads=threads,
         )
+        if quantized.why_float is not None:
+            stderr.print(quantized.why_float, style="yellow")
         if sensitivity is not None:
             report = {"model": model, "recipe": chosen.name, "logit_error": quantized.logit_error}
             report |= {"layers": [dataclasses.asdict(layer) for layer in quantized.layers]}

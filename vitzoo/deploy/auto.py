@@ -1,13 +1,16 @@
-"""`vitzoo.quantize`: `vitzoo.quantization.api.quantize` with the time of each layer in ONNX Runtime at hand."""
+"""`vitzoo.quantize`: `vitzoo.quantization.api.quantize` with times of layers and files in ONNX Runtime at hand."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor, fx, nn
 
 from vitzoo.benchmark.machine import this_machine
-from vitzoo.deploy.times import layer_times
+from vitzoo.deploy.times import file_speeds, layer_times
+from vitzoo.export import export_onnx
 from vitzoo.export.quantized import check_target, for_target
 from vitzoo.quantization import api
 from vitzoo.quantization.config import Recipe, load_recipe
@@ -31,7 +34,8 @@ def quantize(
     """Quantize a model by a recipe.
 
     A recipe whose activations are "auto" has each layer timed in ONNX Runtime, on this machine, in floating point and
-    in each way of quantizing it that the target runs.
+    in each way of quantizing it that the target runs, and then whole files beside the float file: what is chosen is
+    faster than float, or it is float, and `why_float` of the result says so.
 
     Args:
         model: a trained model, float32, on the CPU; it is not changed.
@@ -72,12 +76,15 @@ def quantize(
             for name, found in times.items()
         }
 
-    return api.quantize(
-        model,
-        chosen,
-        calibration_batches,
-        filter_fn,
-        progress,
-        measure_layers,
-        clock if automatic else None,
-    )
+    batches = list(calibration_batches)
+    if not automatic:
+        return api.quantize(model, chosen, batches, filter_fn, progress, measure_layers)
+    with tempfile.TemporaryDirectory() as folder:
+        floating = Path(folder, "float.onnx")
+
+        def race(candidates: Sequence[api.QuantizedModel]) -> Sequence[float]:
+            if not floating.exists():
+                export_onnx(model, floating, input_size=batches[0].shape[1:], check=False)
+            return file_speeds(floating, candidates, model, batches[0], goal, threads)
+
+        return api.quantize(model, chosen, batches, filter_fn, progress, measure_layers, clock, race)

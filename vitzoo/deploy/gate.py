@@ -187,6 +187,7 @@ def export_quantized(
         gate = _measure(kind, model, quantized, floating, written, held_back, threads, batch_size, tell)
         complaints = gate.complaints(thresholds)
         if complaints:
+            complaints = [*filter(None, [quantized.why_float]), *complaints]
             for file in {*folder.iterdir()} - baseline:
                 file.unlink()
             kept = destination.with_name(floating.name)

@@ -1,8 +1,8 @@
-"""How long each layer takes in ONNX Runtime in floating point and in each way of quantizing it, by itself.
+"""How long each layer takes in ONNX Runtime in floating point and in each way of quantizing it, and whole files.
 
 A layer is timed as a file of its own: float in, float out, with the nodes that the whole file would have. In the whole
-file a layer may be cheaper, where two convolutions pass codes to each other or two layers share a quantized input; the
-gate times the whole.
+file a layer may be cheaper, where two convolutions pass codes to each other or two layers share a quantized input, or
+cost its float neighbours the layout and the fusions that they have without it; `file_speeds` times the whole.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from vitzoo.benchmark.timing import compare
-from vitzoo.export.check import open_session
+from vitzoo.export.check import open_session, run_session
 from vitzoo.export.onnx import require_packages
-from vitzoo.export.quantized import OPSET, translations
+from vitzoo.export.quantized import OPSET, translations, write_quantized
+from vitzoo.quantization.api import QuantizedModel
 from vitzoo.quantization.choice import FLOAT
 from vitzoo.quantization.graph import Recorder, Site, convolution_arguments, get_tensor
 
 SECONDS = 0.15
 ROUNDS = 8
+FILE_SECONDS, FILE_ROUNDS = 1.5, 5
 BATCH_SIZE = 8
 IR_VERSION = 10
 INPUT_SCALE, WEIGHT_SCALE = 0.04, 0.01
@@ -92,6 +94,43 @@ def layer_times(
     }
     times = {layer: _timed(layer, threads) for layer in dict.fromkeys(layers.values())}
     return {name: times[layer] for name, layer in layers.items()}
+
+
+def file_speeds(
+    floating: Path,
+    candidates: Sequence[QuantizedModel],
+    model: nn.Module,
+    x: Tensor,
+    target: str,
+    threads: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> list[float]:
+    """Time each candidate's whole file in ONNX Runtime beside the float file, interleaved.
+
+    Args:
+        floating: ONNX file of the float model.
+        candidates: quantized models.
+        model: the float model, for the notes in the files.
+        x: images, (B, C, H, W); repeated to the batch size.
+        target: see `vitzoo.export.quantized.TARGETS`.
+        threads: threads of the runtime, PyTorch's number if None.
+        batch_size: images a batch.
+
+    Returns:
+        Speed of each relative to the float file, as the gate measures it.
+    """
+    images = x[torch.arange(batch_size) % len(x)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {FLOAT: floating}
+        for i, quantized in enumerate(candidates):
+            paths[str(i)] = Path(folder, f"{i}.onnx")
+            write_quantized(quantized, paths[str(i)], model, target)
+        runs = {
+            name: functools.partial(run_session, open_session(path, threads), images)
+            for name, path in paths.items()
+        }
+        found = compare(runs, seconds=FILE_SECONDS, min_rounds=FILE_ROUNDS, threads=threads)
+    return [found[str(i)].ratio_to(found[FLOAT]) for i in range(len(candidates))]
 
 
 def _layer(

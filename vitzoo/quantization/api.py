@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from vitzoo.quantization import calibration, search
 from vitzoo.quantization.allocation import allocate
-from vitzoo.quantization.choice import FLOAT, Cost, choose, reason
+from vitzoo.quantization.choice import FLOAT, Cost, choose, fastest_file, reason
 from vitzoo.quantization.config import Recipe
 from vitzoo.quantization.graph import (
     NormGroup,
@@ -48,6 +48,8 @@ LEAST_INTEGER_SHARE = 0.9
 Clock = Callable[
     [fx.GraphModule, Sequence[Site], Tensor, Mapping[str, Sequence[str]]], Mapping[str, Mapping[str, float]]
 ]
+# models -> speed of each one's whole file relative to the float file
+Race = Callable[[Sequence["QuantizedModel"]], Sequence[float]]
 RELEVANCE_IMAGES = 8
 MEAN_IMAGES = 32
 
@@ -92,6 +94,7 @@ class QuantizedModel(nn.Module):
         plans: site name -> how it is quantized; sites without one stay in floating point.
         layers: what was done to each site.
         logit_error: relative error of the logits on the calibration images.
+        why_float: why "auto" left every site in floating point; None where some are quantized.
     """
 
     def __init__(
@@ -102,8 +105,10 @@ class QuantizedModel(nn.Module):
         plans: Mapping[str, SitePlan],
         layers: Sequence[LayerReport],
         logit_error: float,
+        why_float: str | None = None,
     ) -> None:
         super().__init__()
+        self.why_float = why_float
         self.recipe, self.sites, self.plans = recipe, tuple(sites), dict(plans)
         self.layers, self.logit_error = tuple(layers), logit_error
         self.float_graph = float_graph
@@ -158,6 +163,7 @@ def quantize(
     progress: Callable[[str], None] | None = None,
     measure_layers: bool = False,
     clock: Clock | None = None,
+    race: Race | None = None,
 ) -> QuantizedModel:
     """Quantize a model by a recipe.
 
@@ -170,6 +176,8 @@ def quantize(
         measure_layers: measure the logit error of each layer alone, see `sensitivity`, also where no error budget asks.
         clock: measures what each layer takes in each mode, for a recipe whose activations are "auto";
             `vitzoo.quantize` gives one.
+        race: measures whole files for the same recipes, so that none is chosen that is slower than float;
+            `vitzoo.quantize` gives one. Without it the times of the layers decide.
 
     Returns:
         A new model; layers that the recipe's error budget forbids stay in floating point and say so.
@@ -179,7 +187,7 @@ def quantize(
             clock.
     """
     call = _Quantization(model, recipe, list(calibration_batches), filter_fn, progress)
-    return call.run(measure_layers, clock)
+    return call.run(measure_layers, clock, race)
 
 
 def sensitivity(
@@ -262,9 +270,9 @@ class _Quantization:
         return self.recipe.first_last_bits if site.name in ends else self.recipe.weight_bits
 
     @torch.inference_mode()
-    def run(self, measure_layers: bool, clock: Clock | None) -> QuantizedModel:
+    def run(self, measure_layers: bool, clock: Clock | None, race: Race | None) -> QuantizedModel:
         if self.recipe.activations == "auto":
-            return self._automatic(clock)
+            return self._automatic(clock, race)
         plans = self._planned()
         self.tell("measure each layer")
         layers, plans = self._choose(plans, measure_layers)
@@ -282,7 +290,7 @@ class _Quantization:
         improved = self._improved({name: {"": plan} for name, plan in plans.items()})
         return {name: found[""] for name, found in improved.items()}
 
-    def _automatic(self, clock: Clock | None) -> QuantizedModel:
+    def _automatic(self, clock: Clock | None, race: Race | None) -> QuantizedModel:
         """Choose each site's mode by its measured time and error."""
         recipe = self.recipe
         if clock is None:
@@ -310,23 +318,62 @@ class _Quantization:
         }
         self.tell("choose under the error budget")
         macs = {site.name: site.macs for site in self.all_sites}
-        chosen = choose(
+        least = round(LEAST_INTEGER_SHARE * sum(macs.values()))
+        by_layer = choose(
             costs,
             recipe.error_budget,
             lambda choice: self._error(_plans_of(options, choice)),
             macs,
-            round(LEAST_INTEGER_SHARE * sum(macs.values())),
+            least,
         )
+        chosen, why_float = by_layer, None
+        if race is not None:
+            self.tell("time whole files")
+            chosen, why_float = self._raced(race, by_layer, costs, options, macs, least)
         plans = _plans_of(options, chosen)
         noise, alone = self._noise(plans), _errors_of(errors, chosen)
         layers = []
         for site in self.all_sites:
             report = self._report(site, plans, noise, alone)
             if site.name in costs:
-                why = reason(costs[site.name], chosen[site.name])
+                why = reason(costs[site.name], by_layer[site.name])
+                if chosen[site.name] != by_layer[site.name]:
+                    why = why_float or f"the whole file, which is faster than with {by_layer[site.name]} here"
                 report = dataclasses.replace(report, costs=costs[site.name], why=why)
             layers.append(report)
-        return QuantizedModel(recipe, self.module, self.all_sites, plans, layers, self._error(plans))
+        return QuantizedModel(
+            recipe, self.module, self.all_sites, plans, layers, self._error(plans), why_float
+        )
+
+    def _raced(
+        self,
+        race: Race,
+        chosen: Mapping[str, str],
+        costs: Mapping[str, Mapping[str, Cost]],
+        options: Mapping[str, Mapping[str, SitePlan]],
+        macs: Mapping[str, int],
+        least: int,
+    ) -> tuple[dict[str, str], str | None]:
+        """Return the choice whose whole file is the fastest, and why it is floating point if it is."""
+        budget = self.recipe.error_budget
+        assert budget is not None
+
+        def speeds_of(choices: Sequence[Mapping[str, str]]) -> Sequence[float]:
+            plans = [_plans_of(options, choice) for choice in choices]
+            return race([QuantizedModel(self.recipe, self.module, self.all_sites, p, (), 0.0) for p in plans])
+
+        def holds(choice: Mapping[str, str]) -> bool:
+            return self._error(_plans_of(options, choice)) <= budget
+
+        found, speed = fastest_file(chosen, costs, holds, speeds_of, macs, least)
+        if set(found.values()) != {FLOAT}:
+            return found, None
+        tried = (
+            f"the best file with layers in integers had {speed:.2f} times its speed"
+            if speed
+            else "each layer in integers is slower by itself or exceeds it"
+        )
+        return found, f"float is the fastest that holds the error budget of {budget:.1%}: {tried}"
 
     def _options(self, site: Site, static: SitePlan) -> dict[str, SitePlan]:
         """Return the modes of a site that runtimes run in integers."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 FLOAT = "float"
+MARGIN = 1.02  # what a file has to be faster by to count as faster: the default of the gate
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,78 @@ def choose(
         middle = (low + high) // 2
         low, high = (low, middle) if error_of(after(middle)) <= budget else (middle, high)
     return after(high)
+
+
+def fastest_file(
+    chosen: Mapping[str, str],
+    costs: Mapping[str, Mapping[str, Cost]],
+    holds: Callable[[Mapping[str, str]], bool],
+    speeds_of: Callable[[Sequence[Mapping[str, str]]], Sequence[float]],
+    macs: Mapping[str, int],
+    least_integer_macs: int = 0,
+) -> tuple[dict[str, str], float]:
+    """Return the choice whose whole file is the fastest: the one given, a near one, or all in floating point.
+
+    A layer timed by itself does not know its neighbours. In the whole file those in floating point lose the layout and
+    the fusions that they had, and static ones pass codes on to each other. Whole files are therefore timed of the
+    choice and of the same with static scales. Where neither is faster than floating point, or the budget leaves too few
+    products to integers in any case, layers return to floating point too, those that save least by themselves first:
+    half of the integer layers, three quarters and so on.
+
+    Args:
+        chosen: layer -> option, from `choose`.
+        costs: layer -> option -> cost.
+        holds: whether a choice holds the error budget.
+        speeds_of: the measured speed of each choice's whole file relative to the float file.
+        macs: multiply-accumulates of each layer.
+        least_integer_macs: a choice with as many in integers is preferred to a faster one with fewer.
+
+    Returns:
+        layer -> option, and the speed of the fastest file with integers. All options are `FLOAT` where that is below
+        `MARGIN`; it is 0.0 where nothing was in integers to begin with.
+    """
+    floating = dict.fromkeys(chosen, FLOAT)
+    integers = [layer for layer, option in chosen.items() if option != FLOAT]
+    if not integers:
+        return floating, 0.0
+
+    def enough(choice: Mapping[str, str]) -> bool:
+        return sum(macs[layer] for layer, option in choice.items() if option != FLOAT) >= least_integer_macs
+
+    candidates = [dict(chosen)]
+    static = {layer: _static(option, costs[layer]) for layer, option in chosen.items()}
+    if static != candidates[0] and holds(static):
+        candidates.append(static)
+    speeds = [*speeds_of(candidates)]
+    if max(speeds) < MARGIN or not enough(chosen):
+        start = candidates[_first_fastest(speeds)]
+        integers.sort(key=lambda layer: costs[layer][chosen[layer]].ms - costs[layer][FLOAT].ms)
+        thinner = []
+        while len(integers) > 1:
+            integers = integers[: len(integers) // 2]
+            thinner.append(floating | {layer: start[layer] for layer in integers})
+        thinner = [choice for choice in thinner if holds(choice)]
+        candidates += thinner
+        speeds += speeds_of(thinner) if thinner else []
+    good = [i for i, speed in enumerate(speeds) if speed >= MARGIN]
+    if not good:
+        return floating, max(speeds)
+    good = [i for i in good if enough(candidates[i])] or good
+    best = good[_first_fastest([speeds[i] for i in good])]
+    return candidates[best], speeds[best]
+
+
+def _static(option: str, options: Mapping[str, Cost]) -> str:
+    static = option.replace("dynamic", "static")
+    return static if static in options else option
+
+
+def _first_fastest(speeds: Sequence[float]) -> int:
+    """Return the index of the first speed that no later one exceeds by `MARGIN`."""
+    best = 0
+    for i, speed in enumerate(speeds):
+        best = i if speed > MARGIN * speeds[best] else best
+    return best
 
 
 def _to_integers(
