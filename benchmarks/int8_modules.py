@@ -1,27 +1,26 @@
-"""Time what `vitzoo.convert_int8` makes of a model beside the float32 model in PyTorch, interleaved.
+r"""Time what `vitzoo.convert_int8` makes of a model beside the float32 model in PyTorch, interleaved.
 
-    python benchmarks/int8_modules.py --output benchmarks/results/int8_modules_CPU_ISA.json
+    python benchmarks/int8_modules.py deit_small_patch16_224 vim_tiny_patch16_224 \
+        --output benchmarks/results/int8_modules_CPU_ISA.json
 
-Weights and images are those of `benchmarks/quantization.py`.
+Weights and images are those of `benchmarks/quantization.py`. A model's rows replace those that the output file has.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from quantization import CALIBRATION, HELD_BACK, crops, filled
+from quantization import CALIBRATION, HELD_BACK, crops, filled, write_results
 from run_kernels import summary, surroundings
 
 import vitzoo
 from vitzoo.benchmark.timing import compare
 from vitzoo.deploy import torch_coverage
-from vitzoo.export.files import write_text
 from vitzoo.testing import relative_difference
 
 
@@ -74,7 +73,7 @@ def main() -> None:
         for row in measure(name, args.recipes, args.threads, args.batch, args.seconds)
     ]
     if args.output is not None:
-        write_text(args.output, json.dumps({"machine": surroundings(), "results": results}, indent=1) + "\n")
+        write_results(args.output, results, ("model",), machine=surroundings())
 
 
 if __name__ == "__main__":
