@@ -89,7 +89,10 @@ def test_the_suffix_chooses_pytorch(photos: Path, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.filterwarnings("ignore:.*is skipped")
-def test_a_file_that_is_too_slow_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_too_slow_is_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "file_speeds", lambda floating, candidates, *rest: [2.0] * len(candidates))
     path = tmp_path / "int8.onnx"
     fast = [*LENIENT[:3], "1000", *LENIENT[4:]]
     code, _, err = _run(*MODEL, "--calibration", photos, "-o", path, *fast, "--target", "x86-avx2")
