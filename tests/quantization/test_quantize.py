@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import vitzoo
 from vitzoo.quantization.allocation import allocate
 from vitzoo.quantization.api import quantize, sensitivity
 from vitzoo.quantization.calibration import fit_percentile
-from vitzoo.quantization.config import Recipe, recipe_from_toml
+from vitzoo.quantization.config import Recipe, load_recipe, recipe_from_toml
 from vitzoo.quantization.graph import capture, find_sites, norm_groups
 from vitzoo.testing import image, relative_difference
 
@@ -45,6 +46,7 @@ RECIPES = {
     "dynamic": (Recipe("dynamic", activations="dynamic"), 0.05),
     "smooth": (Recipe("smooth", smooth=0.5), 0.05),
     "reparam": (Recipe("reparam", norm="channel", fit="percentile"), 0.12),
+    "accurate": (load_recipe("w8a8_accurate"), 0.05),
     "products": (Recipe("products", products=True), 0.05),
     "fq": (Recipe("fq", norm="power_of_two", softmax="log2", products=True, fit="minmax"), 0.2),
     "w6a6": (Recipe("w6a6", weight_bits=6, activation_bits=6, fit="percentile", norm="channel"), 0.2),
@@ -58,6 +60,12 @@ def test_each_recipe_is_near_and_not_equal(model: nn.Module, recipe: Recipe, bou
     assert 1e-4 < error < bound
     assert quantized.quantized_macs > (0.99 if recipe.products else 0.8)
     assert quantized.logit_error < bound
+
+
+def test_the_accurate_recipe_is_auto_with_every_layer_static() -> None:
+    accurate, auto = load_recipe("w8a8_accurate"), load_recipe("auto")
+    named = {"name": accurate.name, "description": accurate.description}
+    assert accurate == dataclasses.replace(auto, **named, activations="static", error_budget=None)
 
 
 def test_twin_search_beats_the_extremes_at_four_bits(model: nn.Module) -> None:

@@ -114,7 +114,7 @@ def require_integers(recipe: Recipe) -> None:
     if not recipe.runs_as_integers:
         raise ValueError(
             f"recipe {recipe.name!r} can only be simulated: integer kernels execute uniform 8-bit quantizers; "
-            "take auto, w8a8, w8a8_dynamic, w8a8_smooth or w8a8_reparam"
+            "take auto or one that begins with w8a8"
         )
 
 

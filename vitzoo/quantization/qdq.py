@@ -99,7 +99,7 @@ def integer_graph(quantized: QuantizedModel, unsigned_weights: bool = False) -> 
     if not recipe.runs_as_integers:
         raise ValueError(
             f"recipe {recipe.name!r} is simulated only: runtimes execute uniform 8-bit quantizers; "
-            "take auto, w8a8, w8a8_dynamic, w8a8_smooth or w8a8_reparam"
+            "take auto or one that begins with w8a8"
         )
     return _Builder(quantized, unsigned_weights).run()
 
