@@ -84,6 +84,20 @@ def test_the_graph_to_export_is_the_simulation(
     assert not [n for n, _ in graph.named_parameters() if n in ("head.weight", "stem.weight")]
 
 
+def test_quantizers_of_attention_stand_behind_what_computes_and_are_signed_where_that_saturates_nowhere(
+    made: dict[str, QuantizedModel],
+) -> None:
+    for unsigned in (False, True):
+        graph = integer_graph(made["products"], unsigned).graph
+        quantizers = [n for n in graph.nodes if n.target is torch.ops.vitzoo_qdq.fake_quantize.default]
+        signed = [n for n in quantizers if n.args[3]]
+        assert [int(n.args[2]) for n in signed] == ([] if unsigned else [128, 128, 128])  # q, k, v
+        moved = {torch.ops.aten.transpose.int, torch.ops.aten.reshape.default, torch.ops.aten.permute.default}
+        behind = [n.args[0].target for n in [*signed, *quantizers]]
+        assert torch.ops.aten.matmul.default in behind, "the projection's input"
+        assert not moved & {n.args[0].target for n in signed}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("target", ["x86-vnni", "x86-avx2"])
 def test_a_file_runs_in_integers_at_every_batch(

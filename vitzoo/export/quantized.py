@@ -113,8 +113,9 @@ def translations(op: Any = None) -> dict[Any, Callable[..., Any]]:
     def zero_points(codes: Any, zero_point: int, axis: int) -> Any:
         return constant([zero_point] * int(codes.shape[axis]), codes.dtype)
 
-    def fake_quantize(x: Any, scale: float, zero_point: int) -> Any:
-        s, z = constant(scale, ir.DataType.FLOAT), constant(zero_point, ir.DataType.UINT8)
+    def fake_quantize(x: Any, scale: float, zero_point: int, signed: bool) -> Any:
+        s = constant(scale, ir.DataType.FLOAT)
+        z = constant(*((zero_point - 128, ir.DataType.INT8) if signed else (zero_point, ir.DataType.UINT8)))
         return op.DequantizeLinear(op.QuantizeLinear(x, s, z), s, z)
 
     def dequantize(codes: Any, scale: Any, axis: int, zero_point: int) -> Any:

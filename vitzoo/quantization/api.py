@@ -499,13 +499,13 @@ class _Quantization:
         written = {site.name: site.result for site in self.sites if self._writes_codes(site)}
         seen = self._record(watched | {*written.values()})
         found = self._searched() if self.recipe.fit == "search" and not dynamic else {}
-        fitted: dict[tuple[str, str, int], Quantizer] = {}
+        fitted: dict[tuple[str, str, int, bool], Quantizer] = {}
 
-        def fit(node: str, which: str, bits: int) -> Quantizer:
-            key = node, which, bits
+        def fit(node: str, which: str, bits: int, centred: bool = False) -> Quantizer:
+            key = node, which, bits, centred
             if key not in fitted:
                 fixed_one = fixed.get(self._norm_of(node))
-                fitted[key] = fixed_one or self._activation(seen[node], which, bits)
+                fitted[key] = fixed_one or self._activation(seen[node], which, bits, centred)
             return fitted[key]
 
         plans = {}
@@ -516,7 +516,9 @@ class _Quantization:
             bits = self._activation_bits(site)
             pairs = zip(site.operands, site.origins, strict=True)
             of_operands: tuple[Quantizer, ...] = tuple(
-                dynamic_placeholder(bits) if site.name in dynamic else fit(node, which, bits)
+                dynamic_placeholder(bits)
+                if site.name in dynamic
+                else fit(node, which, bits, site.kind == "product")
                 for node, which in pairs
             )
             weight = self._weight(site, self.bits[site.name]) if site.weight else None
@@ -525,8 +527,8 @@ class _Quantization:
         return plans
 
     def _writes_codes(self, site: Site) -> bool:
-        """Return whether a site's output is quantized too: integer convolutions write codes."""
-        return site.kind == "conv" and self.recipe.runs_as_integers
+        """Return whether a site's output is quantized too."""
+        return site.kind == "conv" and self.recipe.runs_as_integers and self.recipe.conv_codes
 
     def _is_dynamic(self, site: Site) -> bool:
         return self.recipe.activations == "dynamic" and site.kind != "conv"
@@ -538,7 +540,7 @@ class _Quantization:
     def _norm_of(self, name: str) -> str:
         return str(source(self.nodes[name]).name)
 
-    def _activation(self, seen: _Samples, which: str, bits: int) -> Quantizer:
+    def _activation(self, seen: _Samples, which: str, bits: int, centred: bool = False) -> Quantizer:
         recipe, values = self.recipe, seen.values
         if which == "softmax" and recipe.softmax == "log2":
             return Log2(bits)
@@ -553,7 +555,9 @@ class _Quantization:
             return calibration.fit_power_of_two_factors(values, bits)
         if recipe.fit == "percentile" and not recipe.runs_as_integers:
             return calibration.fit_percentile(values, bits)
-        return calibration.fit_range(values, bits, recipe.fit != "minmax", extremes=(seen.low, seen.high))
+        return calibration.fit_range(
+            values, bits, recipe.fit != "minmax", extremes=(seen.low, seen.high), centred=centred
+        )
 
     def _weight(self, site: Site, bits: int) -> Uniform:
         weight = get_tensor(self.module, str(site.weight))

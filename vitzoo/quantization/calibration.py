@@ -200,6 +200,7 @@ def fit_range(
     shrink: bool = True,
     steps: int = 50,
     extremes: tuple[float, float] | None = None,
+    centred: bool = False,
 ) -> Uniform:
     """Fit the affine quantizer that runtimes execute: unsigned codes, a whole zero point among them, zero in range.
 
@@ -209,11 +210,16 @@ def fit_range(
         shrink: take the extremes times 1 - 0.01 i, i < steps, of least squared error, instead of the extremes.
         steps: see `shrink`.
         extremes: least and greatest value where x is a sample of what was seen; its own if None.
+        centred: put the zero point in the middle, 2^(bits - 1), where there are negative values.
     """
     check_bits(bits)
     top = 2**bits - 1
     ends = (x.min(), x.max()) if extremes is None else x.new_tensor(extremes).unbind()
     low, high = ends[0].clamp_max(0), ends[1].clamp_min(0)
+    if centred and float(low) < 0:
+        half = 2 ** (bits - 1)
+        bound = torch.maximum(-low, high)
+        low, high = -bound * half / (half - 1), bound
 
     def between(factor: float) -> Uniform:
         scale = ((high - low) * factor / top).clamp_min(_SMALLEST)

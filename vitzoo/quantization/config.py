@@ -39,6 +39,8 @@ class Recipe:
         fit: how a static scale is found: "minmax", "percentile" (RepQ-ViT's three, least squared error), "mse" (the
             extremes shrunk to the least squared error), "search" (PTQ4ViT's, against the product's output).
         products: quantize the products of attention too.
+        conv_codes: convolutions write codes, as ONNX Runtime's integer ones must; those of OpenVINO and Inductor may
+            write floats, which costs less error, and no time where what reads them is in floating point.
         softmax: quantizer of attention probabilities.
         gelu: quantizer of GELU's output.
         norm: quantizer of a LayerNorm's output: one scale a "tensor"; a scale a "channel", moved into the weights
@@ -67,6 +69,7 @@ class Recipe:
     activations: str = "static"
     fit: str = "mse"
     products: bool = False
+    conv_codes: bool = True
     softmax: str = "uniform"
     gelu: str = "uniform"
     norm: str = "tensor"

@@ -19,16 +19,24 @@ from vitzoo.quantization.quantizers import Quantizer, Uniform
 from vitzoo.quantization.simulate import SitePlan, dynamic_range
 
 aten = torch.ops.aten
+# operations that keep every element: quantizing before one is quantizing behind it
+_REARRANGES = {
+    aten.transpose.int, aten.permute.default, aten.reshape.default, aten.view.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten.clone.default, aten.unsqueeze.default, aten.squeeze.dim,
+}  # fmt: skip
 
 
 @torch.library.custom_op("vitzoo_qdq::fake_quantize", mutates_args=())
-def fake_quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Return x as uint8 codes hold it: QuantizeLinear and DequantizeLinear with one scale a tensor."""
+def fake_quantize(x: Tensor, scale: float, zero_point: int, signed: bool) -> Tensor:
+    """Return x as uint8 codes hold it: QuantizeLinear and DequantizeLinear with one scale a tensor.
+
+    `signed` has them written as int8, each less by 128, and so is the zero point.
+    """
     return Uniform(torch.tensor(scale), torch.tensor(float(zero_point)), 0, 255)(x)
 
 
 @fake_quantize.register_fake
-def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
+def _(x: Tensor, scale: float, zero_point: int, signed: bool) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -112,10 +120,12 @@ class _Builder:
         self.unsigned = unsigned_weights
         self.module = copy.deepcopy(quantized.float_graph)
         self.graph = self.module.graph
-        self.shared: dict[tuple[str, float, int], fx.Node] = {}
+        self.shared: dict[tuple[str, float, int, bool], fx.Node] = {}
+        self.products: set[fx.Node] = set()
 
     def run(self) -> fx.GraphModule:
         nodes = {node.name: node for node in self.graph.nodes}
+        self.products = {nodes[site.node] for site in self.quantized.sites if site.kind == "product"}
         for site in self.quantized.sites:
             plan = self.quantized.plans.get(site.name)
             if plan is not None:
@@ -136,23 +146,50 @@ class _Builder:
         if plan.output is not None:  # its codes begin at zero where a ReLU is part of it
             replacement, target = self._quantized(replacement, plan.output), result
         target.replace_all_uses_with(replacement)
+        if node in self.products:
+            self.products.add(replacement)
         for old in dict.fromkeys((target, node)):
             self.graph.erase_node(old)
 
-    def _quantized(self, x: fx.Node, quantizer: Quantizer | None) -> fx.Node:
+    def _quantized(self, x: fx.Node, quantizer: Quantizer | None, signed: bool = False) -> fx.Node:
         assert isinstance(quantizer, Uniform)
         assert (quantizer.qmin, quantizer.qmax) == (0, 255)
         scale, zero_point = float(quantizer.scale), int(quantizer.zero_point)
         if not 0 <= zero_point <= 255:
             raise ValueError(f"zero point {zero_point} of {x.name} does not fit into uint8")
-        key = x.name, scale, zero_point
+        key = x.name, scale, zero_point, signed
         if key not in self.shared:
             place = x.next if x.op != "placeholder" else self._first()
             with self.graph.inserting_before(place):
                 self.shared[key] = self._call(
-                    torch.ops.vitzoo_qdq.fake_quantize.default, x, scale, zero_point
+                    torch.ops.vitzoo_qdq.fake_quantize.default, x, scale, zero_point, signed
                 )
         return self.shared[key]
+
+    def _rearranged(self, x: fx.Node, quantizer: Quantizer | None, of_product: bool = False) -> fx.Node:
+        """Return x quantized, before its elements are rearranged if a product gives or takes them.
+
+        That is where OpenVINO looks for the quantizers of attention, and where they become part of its kernels.
+        """
+        moves = []
+        source = x
+        while source.op == "call_function" and source.target in _REARRANGES:
+            moves.append(source)
+            source = source.args[0]  # type: ignore[assignment]
+        if not of_product and source not in self.products:
+            return self._quantized(x, quantizer)
+        centred = (
+            of_product
+            and not self.unsigned
+            and isinstance(quantizer, Uniform)
+            and int(quantizer.zero_point) == 128
+        )
+        found = self._quantized(source, quantizer, signed=centred)
+        for move in reversed(moves):
+            with self.graph.inserting_before(move):
+                found = self._call(move.target, found, *move.args[1:])
+                found.kwargs = move.kwargs
+        return found
 
     def _first(self) -> fx.Node:
         return next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
@@ -195,7 +232,7 @@ class _Builder:
             return self._call(operator, x, codes, scale, zero_point, bias)
         weight = self._call(torch.ops.vitzoo_qdq.dequantize.default, codes, scale, 1, zero_point)
         quantizer = plan.operands[0]
-        quantized = self._quantized(x, quantizer)
+        quantized = self._rearranged(x, quantizer)
         if isinstance(bias, fx.Node) and node.meta["val"].ndim == 2:
             # ONNX Runtime makes a float Gemm of such a sum before it looks for integers; this one it runs in them
             assert isinstance(quantizer, Uniform)
@@ -219,7 +256,7 @@ class _Builder:
         weight = self._call(torch.ops.vitzoo_qdq.dequantize.default, codes, scale, 0, zero_point)
         if isinstance(bias, fx.Node):
             bias = self._bias(site, bias, quantizer.scale * plan.weight.scale.flatten())
-        quantized = self._quantized(x, quantizer)
+        quantized = self._rearranged(x, quantizer)
         return self._call(aten.conv2d.default, quantized, weight, bias, stride, padding, dilation, groups)
 
     def _bias(self, site: Site, node: fx.Node, scale: Tensor) -> fx.Node:
@@ -237,5 +274,7 @@ class _Builder:
         assert isinstance(b, fx.Node)
         if plan.dynamic:
             return self._call(torch.ops.vitzoo_qdq.dynamic_product.default, a, b)
-        quantized = self._quantized(a, plan.operands[0]), self._quantized(b, plan.operands[1])
-        return self._call(aten.matmul.default, *quantized)
+        operands = zip((a, b), plan.operands, strict=True)
+        return self._call(
+            aten.matmul.default, *(self._rearranged(x, q, of_product=True) for x, q in operands)
+        )
