@@ -47,6 +47,7 @@ RECIPES = {
     "smooth": (Recipe("smooth", smooth=0.5), 0.05),
     "reparam": (Recipe("reparam", norm="channel", fit="percentile"), 0.12),
     "accurate": (load_recipe("w8a8_accurate"), 0.05),
+    "openvino": (load_recipe("w8a8_openvino"), 0.05),
     "products": (Recipe("products", products=True), 0.05),
     "fq": (Recipe("fq", norm="power_of_two", softmax="log2", products=True, fit="minmax"), 0.2),
     "w6a6": (Recipe("w6a6", weight_bits=6, activation_bits=6, fit="percentile", norm="channel"), 0.2),
@@ -62,10 +63,35 @@ def test_each_recipe_is_near_and_not_equal(model: nn.Module, recipe: Recipe, bou
     assert quantized.logit_error < bound
 
 
-def test_the_accurate_recipe_is_auto_with_every_layer_static() -> None:
-    accurate, auto = load_recipe("w8a8_accurate"), load_recipe("auto")
+def test_static_recipes_are_auto_with_every_layer_static() -> None:
+    accurate, openvino, auto = (load_recipe(name) for name in ("w8a8_accurate", "w8a8_openvino", "auto"))
     named = {"name": accurate.name, "description": accurate.description}
     assert accurate == dataclasses.replace(auto, **named, activations="static", error_budget=None)
+    named = {"name": openvino.name, "description": openvino.description}
+    assert openvino == dataclasses.replace(accurate, **named, products=True, conv_codes=False)
+
+
+def test_products_have_their_zero_points_in_the_middle_or_at_the_end(model: nn.Module) -> None:
+    quantized = quantize(model, RECIPES["products"][0], BATCHES)
+    found = {
+        layer: [int(quantizer.zero_point) for quantizer in plan.operands]
+        for layer, plan in quantized.plans.items()
+        if plan.weight is None
+    }
+    assert found == {
+        f"blocks.{i}.attn.{kind}": [q, 128] for i in range(2) for kind, q in (("scores", 128), ("mix", 0))
+    }
+
+
+def test_convolutions_that_write_floats_cost_less_error() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 4, stride=4), nn.Tanh(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(3136, 9)
+    )
+    codes, floats = (quantize(net, Recipe("r", conv_codes=value), BATCHES) for value in (True, False))
+    assert [plan.output is None for plan in codes.plans.values()] == [False, False, True]
+    assert [plan.output is None for plan in floats.plans.values()] == [True, True, True]
+    assert floats.logit_error < codes.logit_error
 
 
 def test_twin_search_beats_the_extremes_at_four_bits(model: nn.Module) -> None:
