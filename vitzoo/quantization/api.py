@@ -318,18 +318,17 @@ class _Quantization:
         }
         self.tell("choose under the error budget")
         macs = {site.name: site.macs for site in self.all_sites}
-        least = round(LEAST_INTEGER_SHARE * sum(macs.values()))
         by_layer = choose(
             costs,
             recipe.error_budget,
             lambda choice: self._error(_plans_of(options, choice)),
             macs,
-            least,
+            round(LEAST_INTEGER_SHARE * sum(macs.values())),
         )
         chosen, why_float = by_layer, None
         if race is not None:
             self.tell("time whole files")
-            chosen, why_float = self._raced(race, by_layer, costs, options, macs, least)
+            chosen, why_float = self._raced(race, by_layer, costs, options)
         plans = _plans_of(options, chosen)
         noise, alone = self._noise(plans), _errors_of(errors, chosen)
         layers = []
@@ -351,8 +350,6 @@ class _Quantization:
         chosen: Mapping[str, str],
         costs: Mapping[str, Mapping[str, Cost]],
         options: Mapping[str, Mapping[str, SitePlan]],
-        macs: Mapping[str, int],
-        least: int,
     ) -> tuple[dict[str, str], str | None]:
         """Return the choice whose whole file is the fastest, and why it is floating point if it is."""
         budget = self.recipe.error_budget
@@ -365,7 +362,7 @@ class _Quantization:
         def holds(choice: Mapping[str, str]) -> bool:
             return self._error(_plans_of(options, choice)) <= budget
 
-        found, speed = fastest_file(chosen, costs, holds, speeds_of, macs, least)
+        found, speed = fastest_file(chosen, costs, holds, speeds_of)
         if set(found.values()) != {FLOAT}:
             return found, None
         tried = (

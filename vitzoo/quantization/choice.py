@@ -86,24 +86,19 @@ def fastest_file(
     costs: Mapping[str, Mapping[str, Cost]],
     holds: Callable[[Mapping[str, str]], bool],
     speeds_of: Callable[[Sequence[Mapping[str, str]]], Sequence[float]],
-    macs: Mapping[str, int],
-    least_integer_macs: int = 0,
 ) -> tuple[dict[str, str], float]:
     """Return the choice whose whole file is the fastest: the one given, a near one, or all in floating point.
 
     A layer timed by itself does not know its neighbours. In the whole file those in floating point lose the layout and
     the fusions that they had, and static ones pass codes on to each other. Whole files are therefore timed of the
-    choice and of the same with static scales. Where neither is faster than floating point, or the budget leaves too few
-    products to integers in any case, layers return to floating point too, those that save least by themselves first:
-    half of the integer layers, three quarters and so on.
+    choice and of the same with static scales. Where neither is faster than floating point, layers return to it, those
+    that save least by themselves first, until a half, a quarter and an eighth of the integer layers are left.
 
     Args:
         chosen: layer -> option, from `choose`.
         costs: layer -> option -> cost.
         holds: whether a choice holds the error budget.
         speeds_of: the measured speed of each choice's whole file relative to the float file.
-        macs: multiply-accumulates of each layer.
-        least_integer_macs: a choice with as many in integers is preferred to a faster one with fewer.
 
     Returns:
         layer -> option, and the speed of the fastest file with integers: the lesser of two measurements unless it is
@@ -114,46 +109,48 @@ def fastest_file(
     integers = [layer for layer, option in chosen.items() if option != FLOAT]
     if not integers:
         return floating, 0.0
-
-    def enough(choice: Mapping[str, str]) -> bool:
-        return sum(macs[layer] for layer, option in choice.items() if option != FLOAT) >= least_integer_macs
-
     candidates = [dict(chosen)]
     static = {layer: _static(option, costs[layer]) for layer, option in chosen.items()}
     if static != candidates[0] and holds(static):
         candidates.append(static)
-    speeds = [*speeds_of(candidates)]
-    if max(speeds) < MARGIN or not enough(chosen):
-        start = candidates[_first_fastest(speeds)]
-        integers.sort(key=lambda layer: costs[layer][chosen[layer]].ms - costs[layer][FLOAT].ms)
-        thinner = []
-        while len(integers) > 1:
-            integers = integers[: len(integers) // 2]
-            thinner.append(floating | {layer: start[layer] for layer in integers})
-        thinner = [choice for choice in thinner if holds(choice)]
-        candidates += thinner
-        speeds += speeds_of(thinner) if thinner else []
-    while good := [i for i, speed in enumerate(speeds) if speed >= MARGIN]:
-        good = [i for i in good if enough(candidates[i])] or good
-        best = good[_first_fastest([speeds[i] for i in good])]
-        if speeds[best] < CERTAIN:  # the fastest of several is so by chance too: measured once more
-            speeds[best] = min(speeds[best], *speeds_of([candidates[best]]))
-        if speeds[best] >= MARGIN:
+    found, speed = _surely_fastest(candidates, [*speeds_of(candidates)], speeds_of)
+    if speed >= MARGIN:
+        return found, speed
+    integers.sort(key=lambda layer: costs[layer][chosen[layer]].ms - costs[layer][FLOAT].ms)
+    counts = [count for part in (2, 4, 8) if (count := len(integers) // part)]
+    thinner = [floating | {layer: found[layer] for layer in integers[:count]} for count in counts]
+    thinner = [choice for choice in thinner if holds(choice)]
+    if thinner:
+        other, other_speed = _surely_fastest(thinner, [*speeds_of(thinner)], speeds_of)
+        if other_speed >= MARGIN:
+            return other, other_speed
+        speed = max(speed, other_speed)
+    return floating, speed
+
+
+def _surely_fastest(
+    candidates: Sequence[dict[str, str]],
+    speeds: list[float],
+    speeds_of: Callable[[Sequence[Mapping[str, str]]], Sequence[float]],
+) -> tuple[dict[str, str], float]:
+    """Return the first choice that no later one exceeds by `MARGIN`, and its speed.
+
+    The fastest of several is so by chance too: one between `MARGIN` and `CERTAIN` is measured once more.
+    """
+    again: set[int] = set()
+    while True:
+        best = 0
+        for i, speed in enumerate(speeds):
+            best = i if speed > MARGIN * speeds[best] else best
+        if best in again or not MARGIN <= speeds[best] < CERTAIN:
             return candidates[best], speeds[best]
-    return floating, max(speeds)
+        again.add(best)
+        speeds[best] = min(speeds[best], *speeds_of([candidates[best]]))
 
 
 def _static(option: str, options: Mapping[str, Cost]) -> str:
     static = option.replace("dynamic", "static")
     return static if static in options else option
-
-
-def _first_fastest(speeds: Sequence[float]) -> int:
-    """Return the index of the first speed that no later one exceeds by `MARGIN`."""
-    best = 0
-    for i, speed in enumerate(speeds):
-        best = i if speed > MARGIN * speeds[best] else best
-    return best
 
 
 def _to_integers(
