@@ -117,8 +117,8 @@ def file_speeds(
         batch_size: images a batch.
 
     Returns:
-        Speed of each relative to the float file: the lesser of what the gate measures, the median over rounds, and the
-        ratio of the least times, to which other processes add least.
+        Speed of each relative to the float file: the least of the median of the rounds' ratios, which the gate measures,
+        the ratio of the medians, and that of the least times, to which other processes add least.
     """
     images = x[torch.arange(batch_size) % len(x)]
     with tempfile.TemporaryDirectory() as folder:
@@ -131,10 +131,10 @@ def file_speeds(
             for name, path in paths.items()
         }
         found = compare(runs, seconds=FILE_SECONDS, min_rounds=FILE_ROUNDS, threads=threads)
-    timings = [found[str(i)] for i in range(len(candidates))]
+    base = found[FLOAT]
     return [
-        min(timing.ratio_to(found[FLOAT]), min(found[FLOAT].seconds) / min(timing.seconds))
-        for timing in timings
+        min(t.ratio_to(base), base.median / t.median, min(base.seconds) / min(t.seconds))
+        for t in (found[str(i)] for i in range(len(candidates)))
     ]
 
 
