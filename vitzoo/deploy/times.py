@@ -117,7 +117,7 @@ def file_speeds(
         batch_size: images a batch.
 
     Returns:
-        Speed of each relative to the float file: the least of the median of the rounds' ratios, which the gate measures,
+        Speed of each relative to the float file: the least of the median of the rounds' ratios, the gate's measure,
         the ratio of the medians, and that of the least times, to which other processes add least.
     """
     images = x[torch.arange(batch_size) % len(x)]
