@@ -201,7 +201,9 @@ def _block(run: Run, x: Tensor) -> Block:
     return block
 
 
-def measure(name: str, folder: Path, threads: int, batch: int, seconds: float) -> list[dict[str, Any]]:
+def measure(
+    name: str, roads: Sequence[Road], folder: Path, threads: int, batch: int, seconds: float
+) -> list[dict[str, Any]]:
     """Return the rows of one model, one a road."""
     model = filled(name)
     held_back = crops(model, HELD_BACK, 1)
@@ -209,7 +211,7 @@ def measure(name: str, folder: Path, threads: int, batch: int, seconds: float) -
     with torch.no_grad():
         exact = torch.cat([model(part) for part in held_back.split(batch)])
     rows, runs = [], {}
-    for road in ROADS:
+    for road in roads:
         path = folder / f"{name}.{road.file}"
         facts = path.with_suffix(".json")
         row: dict[str, Any] = {"model": name, "road": road.name, "runtime": road.runtime, "by": road.by}
@@ -238,8 +240,8 @@ def measure(name: str, folder: Path, threads: int, batch: int, seconds: float) -
         runs[road.name] = _block(run, x)
         print(name, road.name, f"{row['coverage']:.3f} {row['logit_error']:.4f}", file=sys.stderr, flush=True)
     times = compare_blocks(runs, seconds=seconds, min_rounds=7, threads=threads, images=batch)
-    fastest = min((road.name for road in ROADS if road.by == "float"), key=lambda road: times[road].median)
-    own = {road.runtime: times[road.name] for road in ROADS if road.by == "float"}
+    fastest = min((road.name for road in roads if road.by == "float"), key=lambda road: times[road].median)
+    own = {road.runtime: times[road.name] for road in roads if road.by == "float"}
     for row in rows:
         timing = times.get(row["road"])
         if timing is not None:
@@ -298,6 +300,7 @@ def main() -> None:
     parser.add_argument("step", choices=("make", "time", "table"))
     parser.add_argument("models", nargs="*", default=[*MODELS])
     parser.add_argument("--kinds", nargs="+", default=["ours", *RIVALS], help="what to make")
+    parser.add_argument("--roads", nargs="+", default=[road.name for road in ROADS], help="what to time")
     parser.add_argument("--folder", type=Path, default=Path("files"), help="of the models' files")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=8)
@@ -311,9 +314,10 @@ def main() -> None:
     if args.step == "make":
         make(args.models, args.kinds, args.folder)
         return
+    roads = [road for road in ROADS if road.name in args.roads]
     results = []
     for name in args.models:
-        results += measure(name, args.folder, args.threads, args.batch, args.seconds)
+        results += measure(name, roads, args.folder, args.threads, args.batch, args.seconds)
     if args.output is not None:
         machine = {**surroundings(), "rivals": {package: version(package) for package in INSTALL}}
         write_results(args.output, results, ("model", "threads"), machine=machine)
