@@ -101,12 +101,12 @@ def _ours(model: nn.Module, name: str, folder: Path, images: Tensor) -> None:
     for recipe in (ONNX_RECIPE, RECIPE):
         quantized = vitzoo.quantize(model, recipe, images.split(8))
         write_quantized(quantized, folder / f"{name}.{recipe}.onnx", model, this_machine())
+        with torch.no_grad():
+            program = torch.export.export(pt2e_graph(model, quantized), (images[:8],))
+        torch.export.save(program, folder / f"{name}.{recipe}.qdq.pt2")
     for kind in ("float", RECIPE):
         convert_onnx(folder / f"{name}.{kind}.onnx", folder / f"{name}.{kind}.xml")
     vitzoo.export_program(vitzoo.convert_int8(model, quantized), folder / f"{name}.{RECIPE}.pt2")
-    with torch.no_grad():
-        program = torch.export.export(pt2e_graph(model, quantized), (images[:8],))
-    torch.export.save(program, folder / f"{name}.{RECIPE}.qdq.pt2")
 
 
 def _nncf(model: nn.Module, path: Path, images: Tensor, floating: Path) -> None:
@@ -174,6 +174,7 @@ ROADS = (
     Road("convert_int8", "PyTorch", "ours", f"{RECIPE}.pt2"),
     Road("inductor_float", "Inductor", "float", None),
     Road("lower_int8", "Inductor", "ours", f"{RECIPE}.qdq.pt2", "torchao"),
+    Road("lower_accurate", "Inductor", "ours", f"{ONNX_RECIPE}.qdq.pt2", "torchao"),
     Road("pt2e", "Inductor", "rival", "pt2e.pt2", "torchao"),
 )
 
