@@ -32,9 +32,10 @@ def block(file: str, root: Path = ROOT) -> str:
     """
     path = root / file
     found = read_results(path)
-    if not found.claims or found.header.get("quick"):
+    if not found.claims or found.header.get("quick") or found.header["measure"].get("passes", 1) < 2:
         raise ValueError(
-            f"{path} is not a full run of a suite with claims: vitzoo bench --suite headlines -o FILE"
+            f"{path} is not a full run, in several passes, of a suite with claims: "
+            "vitzoo bench --suite headlines -o FILE"
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     frame = claims_table(found.claims)
@@ -48,12 +49,15 @@ def _where(found: Results, file: str) -> str:
     machine: dict[str, Any] = found.header["machine"]
     cpu, versions = machine["cpu"], machine["versions"]
     installed = ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm", "onnxruntime"))
-    confidence = found.header["measure"]["confidence"]
+    measure = found.header["measure"]
     facts = [
         f"Measured on {cpu['model']} ({cpu['torch_capability']}), {cpu['usable_cores']} cores",
         f"float32, {installed}, commit {machine['commit'][:7]}, {machine['time'][:10]}.",
     ]
-    facts[-1] += f" Ratios of medians with {confidence:.0%} bootstrap intervals; memory has none."
+    facts[-1] += (
+        f" Ratios of medians, the geometric mean of {measure['passes']} passes in fresh processes, with Student's"
+        f" {measure['confidence']:.0%} interval; memory has none."
+    )
     facts[-1] += (
         f" A claim holds here from {_tolerance(found)} of the claimed ratio up; most were made for GPUs."
     )

@@ -95,6 +95,27 @@ def test_two_runs_of_the_same_agree_within_their_intervals(tmp_path: Path) -> No
     assert all(d.ratio.low < d.ratio.value < d.ratio.high for d in comparison.differences)
 
 
+def test_processes_that_differ_are_no_difference(tmp_path: Path) -> None:
+    """Two runs of the same model, each of five processes that settle on levels of their own."""
+    files = []
+    for run in range(2):
+        rows = {}
+        for model in range(20):
+            levels = np.exp(np.random.default_rng([run, model]).normal(0, 0.1, 5))
+            rows[str(model)] = np.concatenate(
+                [level * _noise(1000 * run + 10 * model + i) for i, level in enumerate(levels)]
+            )
+        path = _written(tmp_path / str(run), rows)
+        head, *lines = (json.loads(line) for line in path.read_text().splitlines())
+        lines = [line | {"samples_passes": [100] * 5} for line in lines]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in (head, *lines)))
+        files.append(path)
+    assert sum(bool(d.verdict) for d in compare_files(*files).differences) <= 1  # at 99%, of 20
+    for path in files:  # as if of one process each
+        path.write_text(path.read_text().replace("[100, 100, 100, 100, 100]", "[500]"))
+    assert sum(bool(d.verdict) for d in compare_files(*files).differences) > 5
+
+
 def test_a_slower_machine_is_no_slower_model(tmp_path: Path) -> None:
     """A run on a machine at 80% of its speed differs in every time, and in no ratio to the baseline."""
     slow = np.exp(np.random.default_rng(7).normal(0, 0.2, 400))  # of every round, whichever model runs

@@ -8,12 +8,13 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import vitzoo
-from vitzoo.benchmark.results import read_results
+from vitzoo.benchmark.results import passes_of, read_results
 
 QUICK = dict(seconds=0.02, min_rounds=3, warmup_seconds=0.02, memory=False)
 TINY = dict(img_size=16, **QUICK)
@@ -42,6 +43,20 @@ class DiesInAFork(nn.Module):
     def forward(self, x):
         if "vitzoo_test_parent" not in sys.modules:
             os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+class Notes(nn.Module):
+    """Notes in which processes it runs, and sleeps as long as the number of processes before says."""
+    def __init__(self, folder, fails_in=0):
+        super().__init__()
+        self.folder, self.fails_in = folder, fails_in
+    def forward(self, x):
+        if not x.is_meta:
+            open(os.path.join(self.folder, str(os.getpid())), "w").close()
+            processes = len(os.listdir(self.folder))
+            if processes == self.fails_in:
+                raise RuntimeError("fails now")
+            time.sleep(0.002 * processes)
         return x
 
 class Pid(nn.Module):
@@ -235,6 +250,7 @@ def test_interrupted_it_leaves_the_finished_rows(tmp_path: Path) -> None:
         ({"mode": "both"}, "unknown mode"),
         ({"device": "tpu"}, "unknown device"),
         ({"seconds": -1}, "seconds -1 is not positive"),
+        ({"passes": 0}, "passes 0 is not positive"),
         ({"models": []}, "no model to measure"),
         ({"models": "layer:mlp"}, "unknown layer 'mlp'"),
         ({"models": "vim_tiny"}, "did you mean vim_tiny_patch16_224"),
@@ -268,6 +284,36 @@ def test_peak_memory_of_known_tensors(fakes) -> None:
     assert peaks["small"] == pytest.approx(40, rel=0.05)
     assert peaks["dies"] is None
     assert "killed" in found.rows[1]["peak_mem_error"]
+
+
+def test_every_pass_is_in_fresh_processes(fakes, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("vitzoo.benchmark.group.describe", lambda case: ({}, (3, 8, 8)))
+    folders = {name: tmp_path / name for name in ("notes", "later", "plain")}
+    for folder in folders.values():
+        folder.mkdir()
+    models = {
+        "notes": fakes.Notes(str(folders["notes"])),
+        "later": fakes.Notes(str(folders["later"]), fails_in=2),
+        "plain": fakes.Notes(str(folders["plain"])),
+    }
+    how = {**QUICK, "seconds": 0.09, "min_rounds": 7}
+    found = vitzoo.benchmark(models, img_size=8, passes=3, output=tmp_path / "r.jsonl", **how)
+    notes, later, plain = read_results(tmp_path / "r.jsonl").rows
+    assert "fails now" in later["error"]
+    assert "samples_s" not in later
+    for row in (notes, plain):
+        processes = {int(path.name) for path in folders[row["label"]].iterdir()}
+        assert len(processes) == 3
+        assert os.getpid() not in processes
+        assert row["passes"] == len(row["samples_passes"]) == 3
+        assert min(row["samples_passes"]) >= 3
+        assert sum(row["samples_passes"]) == len(row["samples_s"]) == row["rounds"]
+        levels = [np.median(samples) for samples in passes_of(row)]
+        assert levels[2] > levels[1] > levels[0] >= 0.002
+    assert notes["ratio"] == notes["ratio_low"] == notes["ratio_high"] == 1
+    # each pass is slower than the one before in both alike, so that the ratio stays
+    assert plain["ratio"] == pytest.approx(1, rel=0.3)
+    assert found.header["measure"]["passes"] == 3
 
 
 def test_each_in_a_process_of_its_own(fakes, monkeypatch) -> None:

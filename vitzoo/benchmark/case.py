@@ -136,7 +136,9 @@ class Measure:
         warmup_seconds: bound on the warm-up of each case; it ends before when times are stable.
         memory: measure peak memory, each case in a fresh process.
         isolate: give every case a process of its own for the timing too; rounds stay interleaved.
-        confidence: of the bootstrap intervals of ratios.
+        passes: times that timing begins anew, from two on every time in fresh processes, among which `seconds` and
+            `min_rounds` are divided. Intervals of ratios then know what differs from process to process.
+        confidence: of the intervals of ratios.
     """
 
     seconds: float = 2.0
@@ -144,10 +146,11 @@ class Measure:
     warmup_seconds: float = 2.0
     memory: bool = True
     isolate: bool = False
+    passes: int = 1
     confidence: float = 0.99
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "min_rounds"):
+        for name in ("seconds", "min_rounds", "passes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
         if self.warmup_seconds < 0:

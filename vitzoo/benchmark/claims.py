@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vitzoo.benchmark.results import SCHEMA_VERSION, Row
-from vitzoo.benchmark.statistics import Ratio, ratio_of_medians
+from vitzoo.benchmark.results import SCHEMA_VERSION, Row, passes_of
+from vitzoo.benchmark.statistics import Ratio, ratio_of_passes
 
 FIGURES = ("speed", "memory")
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold here", "not measured"
@@ -99,7 +99,7 @@ def _judged(comparison: str, claim: Claim, subject: Row, baseline: Row, confiden
 
 def _ratio(claim: Claim, subject: Row, baseline: Row, confidence: float) -> Ratio | None:
     if claim.figure == "speed":
-        return ratio_of_medians(baseline["samples_s"], subject["samples_s"], confidence, paired=True)
+        return ratio_of_passes(passes_of(baseline), passes_of(subject), confidence, paired=True)
     peaks = subject.get("peak_mem_mib"), baseline.get("peak_mem_mib")
     if not peaks[0] or not peaks[1]:
         return None

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vitzoo.benchmark.results import Results, Row, read_results
-from vitzoo.benchmark.statistics import Ratio, change, ratio_of_medians
+from vitzoo.benchmark.results import Results, Row, passes_of, read_results
+from vitzoo.benchmark.statistics import Ratio, change, ratio_of_passes
 
 # what makes two rows the same measurement
 MATCHED = (
@@ -155,7 +155,7 @@ def _difference(
         shown,
         _median(before),
         _median(after),
-        None if notes else ratio_of_medians(before["samples_s"], after["samples_s"], confidence),
+        None if notes else ratio_of_passes(passes_of(before), passes_of(after), confidence),
         _relative(before, after, stated),
         peaks[0] / peaks[1] if peaks[0] and peaks[1] else None,
         "; ".join(notes),

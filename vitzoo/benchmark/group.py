@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import torch
 
 from vitzoo.benchmark.case import Case, Measure, Unsupported
 from vitzoo.benchmark.models import build, describe
-from vitzoo.benchmark.results import Row
+from vitzoo.benchmark.results import Row, passes_of
 from vitzoo.benchmark.runtimes import check, file_mib, with_file
-from vitzoo.benchmark.statistics import ratio_of_medians
+from vitzoo.benchmark.statistics import ratio_of_passes
 from vitzoo.benchmark.subject import Subject, prepare
 from vitzoo.benchmark.timing import BLOCK_SECONDS, Progress, Timing, compare_blocks, cpu_threads
 from vitzoo.benchmark.worker import Nursery, Worker, WorkerError
@@ -46,8 +47,9 @@ def run_group(
     """
     group = _Group(cases, how, folder, nursery, tell)
     try:
-        group.prepare()
+        group.describe()
         group.time()
+        group.close()
         group.measure_memory()
     finally:
         group.close()
@@ -66,64 +68,88 @@ class _Group:
         self.rows = [settings_of(case) for case in cases]
         self.sizes: list[Size | None] = [None] * len(cases)
         self.subjects: dict[str, Subject | Worker] = {}
+        self.calls: dict[float, dict[str, int]] = {}  # by seconds of a block
 
-    def prepare(self) -> None:
-        """Build every case and call it once."""
+    def describe(self) -> None:
+        """Count what every case computes, and write the files that runtimes read."""
         for i, case in enumerate(self.cases):
-            self.tell(f"build {case.name}", 0.15 * i / len(self.cases))
+            self.tell(f"describe {case.name}", 0.1 * i / len(self.cases))
             with failures_in(self.rows[i]):
                 check(case)
                 facts, size = describe(case)
                 self.rows[i] |= facts
                 self.rows[i][f"{case.mode}_img_size"] = _side(size)
-                self.sizes[i] = size
                 self.cases[i] = with_file(case, build, size, self.folder)
+                self.sizes[i] = size
                 file = self.cases[i].file
                 if (
                     case.dtype == "int8" and file is not None
                 ):  # described is the float32 model it was made from
                     self.rows[i]["weight_mib"] = round(file_mib(file), 3)
-                with cpu_threads(case.threads):
-                    start = Worker if self.how.isolate else prepare
-                    self.subjects[case.name] = start(self.cases[i], size)
-                self.rows[i] |= self.subjects[case.name].facts
 
     def time(self) -> None:
-        """Time those that work in interleaved rounds."""
-        if not self.subjects:
-            return
-        queued = self.cases[0].device.startswith("cuda")
+        """Time those that work in interleaved rounds, in every pass anew."""
         begin = time.perf_counter()
-        latency, failed = self._compare(0.0 if queued else BLOCK_SECONDS, 0.15, 0.35 if queued else 0.7)
-        throughput = latency
-        if queued and latency:
-            throughput, more = self._compare(QUEUED_SECONDS, 0.5, 0.35)
-            failed |= more
+        passes, share = [], 0.75 / self.how.passes
+        for number in range(self.how.passes):
+            self.close()
+            self._build(0.1 + share * number, 0.3 * share)
+            passes.append(self._time(0.1 + share * (number + 0.3), 0.7 * share))
         seconds = time.perf_counter() - begin
         for row, name in zip(self.rows, self.names, strict=True):
-            if name in failed:
-                set_error(row, failed[name])
-            elif name in latency and name in throughput:
-                row |= figures(latency[name], throughput[name], row["mode"])
+            if "error" not in row:
+                row |= figures([timed[name] for timed in passes], row["mode"])
                 row["run_seconds"] = round(seconds, 3)
 
-    def _compare(
-        self, block_seconds: float, start: float, share: float
-    ) -> tuple[dict[str, Timing], dict[str, Exception]]:
+    def _build(self, start: float, share: float) -> None:
+        """Build every case that has not failed and call it once."""
+        todo = [i for i, row in enumerate(self.rows) if "error" not in row]
+        if self.how.isolate or self.how.passes > 1:  # started together: importing takes them seconds
+            self.subjects = {self.names[i]: Worker() for i in todo}
+        for done, i in enumerate(todo):
+            case, size = self.cases[i], self.sizes[i]
+            assert size is not None
+            self.tell(f"build {case.name}", start + share * done / len(todo))
+            with failures_in(self.rows[i]), cpu_threads(case.threads):
+                worker = self.subjects.get(case.name)
+                if isinstance(worker, Worker):
+                    worker.prepare(case, size)
+                else:
+                    self.subjects[case.name] = prepare(case, size)
+                self.rows[i] |= self.subjects[case.name].facts
+
+    def _time(self, start: float, share: float) -> dict[str, tuple[Timing, Timing]]:
+        """Return latency and throughput of those that work."""
+        queued = self.cases[0].device.startswith("cuda")
+        latency = self._compare(0.0 if queued else BLOCK_SECONDS, start, share * (0.5 if queued else 1.0))
+        throughput = latency
+        if queued:
+            throughput = self._compare(QUEUED_SECONDS, start + 0.5 * share, 0.5 * share)
+        return {name: (latency[name], found) for name, found in throughput.items()}
+
+    def _compare(self, block_seconds: float, start: float, share: float) -> dict[str, Timing]:
+        working = {
+            n: self.subjects[n] for n, row in zip(self.names, self.rows, strict=True) if "error" not in row
+        }
+        if not working:
+            return {}
         failed: dict[str, Exception] = {}
-        working = {n: s for n, s in self.subjects.items() if "error" not in self.rows[self.names.index(n)]}
         timings = compare_blocks(
             {name: subject.block for name, subject in working.items()},
-            seconds=self.how.seconds,
-            min_rounds=self.how.min_rounds,
+            seconds=self.how.seconds / self.how.passes,
+            min_rounds=math.ceil(self.how.min_rounds / self.how.passes),
             warmup_seconds=self.how.warmup_seconds,
             block_seconds=block_seconds,
+            calls=self.calls.setdefault(block_seconds, {}),
             threads=self.cases[0].threads,
             images=self.cases[0].batch_size,
             progress=lambda step, done: self.tell(step, start + share * done),
             failed=failed,
         )
-        return timings, failed
+        self.calls[block_seconds] |= {name: timing.calls_per_round for name, timing in timings.items()}
+        for name, error in failed.items():
+            set_error(self.rows[self.names.index(name)], error)
+        return timings
 
     def measure_memory(self) -> None:
         """Find the peak memory of each case that worked, each in a process of its own."""
@@ -141,15 +167,13 @@ class _Group:
                 row["peak_mem_mib"], row["peak_mem_error"] = None, f"{error.kind}: {error}"
 
     def _peak(self, case: Case, size: Size) -> float:
-        subject = self.subjects[case.name]
-        if isinstance(subject, Worker):
-            return subject.peak_memory()
         return self.nursery.peak_memory(replace(case, threads=case.threads or torch.get_num_threads()), size)
 
     def close(self) -> None:
         """Let the models go, and end their processes."""
         for subject in self.subjects.values():
             subject.close()
+        self.subjects = {}
 
 
 def _side(size: Size) -> int | list[int]:
@@ -201,19 +225,27 @@ def set_error(row: Row, error: Exception) -> None:
         row["error_kind"] = "failed"
 
 
-def figures(latency: Timing, throughput: Timing, mode: str) -> Row:
-    """Return the fields of a row that timing gives: timm's names, milliseconds, and the raw samples."""
+def figures(passes: Sequence[tuple[Timing, Timing]], mode: str) -> Row:
+    """Return the fields of a row that timing gives: timm's names, milliseconds, and the raw samples.
+
+    Args:
+        passes: latency and throughput of each pass.
+        mode: of the case.
+    """
+    latency, throughput = (functools.reduce(Timing.then, several) for several in zip(*passes, strict=True))
     return {
         f"{mode}_samples_per_sec": _short(throughput.images_per_second),
         f"{mode}_step_time": _short(1e3 * throughput.median),
         "iqr_ms": _short(1e3 * latency.iqr),
         **{f"p{p}_ms": _short(1e3 * latency.percentile(p)) for p in (50, 90, 99)},
+        "passes": len(passes),
         "rounds": len(latency.seconds),
         "calls_per_round": latency.calls_per_round,
         "n_iter": len(latency.seconds) * latency.calls_per_round,
         "n_warmup": latency.warmup_calls,
         "threads": latency.threads,
         "samples_s": list(throughput.seconds),
+        "samples_passes": [len(timing.seconds) for _, timing in passes],
     }
 
 
@@ -224,15 +256,17 @@ def _short(value: float) -> float:
 def _add_ratio(row: Row, base: Row, name: str, confidence: float) -> None:
     if "samples_s" not in row:
         return
-    ratio = ratio_of_medians(base["samples_s"], row["samples_s"], confidence, paired=True)
+    ratio = ratio_of_passes(passes_of(base), passes_of(row), confidence, paired=True)
     ends = [None if math.isnan(end) else _short(end) for end in (ratio.low, ratio.high)]
     row |= {"ratio": _short(ratio.value), "ratio_low": ends[0], "ratio_high": ends[1], "ratio_to": name}
 
 
 def _thinned(row: Row) -> Row:
-    """Keep at most `MAX_SAMPLES` samples, evenly spread over the rounds."""
+    """Keep about `MAX_SAMPLES` samples at most, evenly spread over the rounds of each pass."""
     if "samples_s" in row:
         every = -(-len(row["samples_s"]) // MAX_SAMPLES)
-        row["samples_s"] = [_short(seconds) for seconds in row["samples_s"][::every]]
+        kept = [[_short(seconds) for seconds in samples[::every]] for samples in passes_of(row)]
+        row["samples_s"] = [seconds for samples in kept for seconds in samples]
+        row["samples_passes"] = [len(samples) for samples in kept]
         row["samples_every"] = every
     return row

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import numpy as np
+
 SCHEMA_VERSION = 1
 Row = dict[str, Any]
 KINDS = ("header", "result", "claim", "validation")
@@ -51,6 +53,12 @@ TIMM_COLUMNS = {
 }
 # what the tables are sorted by, the largest first
 _BEST = {"infer": "infer_samples_per_sec", "train": "train_samples_per_sec", "validate": "top1"}
+
+
+def passes_of(row: Row) -> list[list[float]]:
+    """Return the samples of a row, seconds a call in the order of the rounds, a list a pass."""
+    samples, ends = row["samples_s"], np.cumsum(row.get("samples_passes", [len(row["samples_s"])]))
+    return [part.tolist() for part in np.split(np.asarray(samples), ends[:-1])]
 
 
 @dataclass

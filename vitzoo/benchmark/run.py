@@ -41,6 +41,7 @@ def benchmark(
     warmup_seconds: float = 2.0,
     memory: bool = True,
     isolate: bool = False,
+    passes: int = 1,
     confidence: float = 0.99,
     output: str | os.PathLike[str] | None = None,
     force: bool = False,
@@ -71,7 +72,9 @@ def benchmark(
         warmup_seconds: bound on each warm-up, which ends before when times are stable.
         memory: measure peak memory, each case in a fresh process, a few seconds each.
         isolate: give every case a process of its own for the timing too.
-        confidence: of the bootstrap intervals of ratios.
+        passes: times that timing begins anew, from two on every time in fresh processes, among which `seconds` and
+            `min_rounds` are divided; intervals of ratios then know what differs from process to process.
+        confidence: of the intervals of ratios.
         output: JSON Lines file to write row by row.
         force: replace the output if it exists.
         progress: told the present step and the share of the whole that is done.
@@ -84,7 +87,7 @@ def benchmark(
         ValueError: settings that make no sense.
         OSError: an output that exists or cannot be written; nothing is measured then.
     """
-    how = Measure(seconds, min_rounds, warmup_seconds, memory, isolate, confidence)
+    how = Measure(seconds, min_rounds, warmup_seconds, memory, isolate, passes, confidence)
     baselines = subjects_of(against)
     subjects = subjects_of(models)
     if not subjects:

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of ratios of times."""
+"""Intervals of ratios of times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians and its bootstrap interval.
+    """A ratio of medians and its interval.
 
     Attributes:
         value: how often the second time fits into the first: above 1, the second is the faster.
@@ -71,6 +71,48 @@ def ratio_of_medians(
     low, high = _interval(*blocks, confidence, paired)
     # with few blocks the point estimate, which uses the left-over rounds too, may fall just outside
     return Ratio(value, min(low, value), max(high, value), confidence)
+
+
+def ratio_of_passes(
+    first: Sequence[Sequence[float]],
+    second: Sequence[Sequence[float]],
+    confidence: float = 0.99,
+    paired: bool = False,
+) -> Ratio:
+    """Return how much slower the first is than the second, each timed in several fresh processes, with an interval.
+
+    A pass, one process, counts as one observation, its logarithmic ratio of medians: rounds of one process share its
+    memory layout and its moment, and many of them say no more about other processes than a few do. The ratio is the
+    geometric mean over passes, the interval Student's, or Welch's where passes are not paired. Of a single pass it is
+    the bootstrap interval of `ratio_of_medians`, which knows of that pass alone.
+
+    Args:
+        first: seconds a call, in the order of the rounds, a sequence a pass.
+        second: likewise.
+        confidence: of the interval.
+        paired: both were timed in the same passes and rounds.
+
+    Raises:
+        ValueError: no samples, or paired ones of different numbers of passes or rounds.
+    """
+    if paired and len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} passes were not timed together")
+    if min(len(first), len(second)) < 2:
+        return ratio_of_medians(
+            [s for samples in first for s in samples],
+            [s for samples in second for s in samples],
+            confidence,
+            paired,
+        )
+    from scipy.stats import ttest_1samp, ttest_ind
+
+    a, b = (np.log([np.median(samples) for samples in passes]) for passes in (first, second))
+    if not any(np.ptp(x) for x in ((a - b,) if paired else (a, b))):  # as of a model beside itself
+        low = high = a[0] - b[0]
+    else:
+        test = ttest_1samp(a - b, 0.0) if paired else ttest_ind(a, b, equal_var=False)
+        low, high = test.confidence_interval(confidence)
+    return Ratio(float(np.exp(a.mean() - b.mean())), float(np.exp(low)), float(np.exp(high)), confidence)
 
 
 def change(before: Ratio, after: Ratio) -> Ratio:

@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,19 @@ class Timing:
         """Images a second at the median."""
         return self.images / self.median
 
+    def then(self, later: Timing) -> Timing:
+        """Return the times of this and a later timing as one.
+
+        Raises:
+            ValueError: their blocks have different numbers of calls, so that their times differ in kind.
+        """
+        if later.calls_per_round != self.calls_per_round:
+            raise ValueError(
+                f"blocks of {self.calls_per_round} and {later.calls_per_round} calls do not add up"
+            )
+        warmup = self.warmup_calls + later.warmup_calls
+        return replace(self, seconds=self.seconds + later.seconds, warmup_calls=warmup)
+
     def ratio_to(self, other: Timing) -> float:
         """Return how often this one fits into the other: the median over rounds of other / this.
 
@@ -132,6 +145,7 @@ def compare_blocks(
     min_rounds: int = 10,
     warmup_seconds: float = 2.0,
     block_seconds: float = BLOCK_SECONDS,
+    calls: Mapping[str, int] | None = None,
     threads: int | None = None,
     images: int | Mapping[str, int] = 1,
     progress: Progress | None = None,
@@ -145,6 +159,7 @@ def compare_blocks(
         min_rounds: rounds at least, however long they take.
         warmup_seconds: bound on the warm-up of each; it ends before when the times are stable.
         block_seconds: calls are timed in blocks of at least this; 0 times every call by itself.
+        calls: the calls of a block, name -> number, as an earlier timing found them.
         threads: CPU threads inside an operator while timing; PyTorch's number if None.
         images: images a call processes, one number or one a candidate.
         progress: told the present step and the share of the whole that is done.
@@ -165,7 +180,7 @@ def compare_blocks(
             raise ValueError(f"{what} {value} is not positive")
     with cpu_threads(threads) as count:
         rounds = _Rounds(candidates, progress or _silent, failed)
-        rounds.warm_up(warmup_seconds, block_seconds)
+        rounds.warm_up(warmup_seconds, block_seconds, calls or {})
         rounds.run(seconds, min_rounds)
     return {
         name: Timing(
@@ -209,7 +224,7 @@ class _Rounds:
             self._failed[name] = error
             del self.times[name]
 
-    def warm_up(self, limit: float, block_seconds: float) -> None:
+    def warm_up(self, limit: float, block_seconds: float, calls: Mapping[str, int]) -> None:
         """Call each until two windows of five calls have medians within 5%, or for the limit in seconds."""
         for index, name in enumerate(list(self.times)):
             self._tell(f"warm up {name}", 0.2 * index / len(self._blocks))
@@ -219,7 +234,7 @@ class _Rounds:
                 while time.perf_counter() < end and not _stable(times):
                     times.append(self._blocks[name](1))
                 self.warmup_calls[name] = len(times)
-                self.calls[name] = max(1, math.ceil(block_seconds / max(min(times), 1e-9)))
+                self.calls[name] = calls.get(name) or max(1, math.ceil(block_seconds / max(min(times), 1e-9)))
 
     def run(self, seconds: float, min_rounds: int) -> None:
         """Call each in turn until the mean candidate has had its seconds, and the rounds are enough."""

@@ -100,29 +100,29 @@ def _death(code: int, said: Sequence[str] = ()) -> tuple[str, str, bool]:
 class Worker:
     """A child process that holds one case, with the interface of `Subject`.
 
-    Args:
-        case: what it is to hold.
-        size: (C, H, W) of its input.
-
-    Raises:
-        WorkerError: building or running the case failed, or the process died.
+    Attributes:
+        facts: of the case, once it is prepared.
     """
 
-    def __init__(self, case: Case, size: Size) -> None:
+    def __init__(self) -> None:
         self._child = _Child()
-        try:
-            self.facts = self._child.prepare(case, size)
-        except BaseException:
-            self.close()
-            raise
+        self.facts: dict[str, Any] = {}
+
+    def prepare(self, case: Case, size: Size) -> None:
+        """Have it build a case.
+
+        Args:
+            case: what it is to hold.
+            size: (C, H, W) of its input.
+
+        Raises:
+            WorkerError: building or running the case failed, or the process died.
+        """
+        self.facts = self._child.prepare(case, size)
 
     def block(self, calls: int) -> float:
         """Make calls in a row and return the mean seconds of one."""
         return self._child.ask("block", calls)
-
-    def peak_memory(self) -> float:
-        """Return the most MiB that the process held during a call, above what it held before the model was built."""
-        return self._child.ask("peak_memory")
 
     def close(self) -> None:
         """End the process."""

@@ -84,6 +84,9 @@ def bench(
         bool, typer.Option("--memory/--no-memory", help="Peak memory, in a fresh process each.")
     ] = True,
     isolate: Annotated[bool, typer.Option(help="Time every model in a process of its own.")] = False,
+    passes: Annotated[
+        int, typer.Option(help="Divide the timing among so many fresh processes of each model.")
+    ] = 1,
     kwargs: Settings = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON Lines file, written row by row.")
@@ -121,6 +124,7 @@ def bench(
                 min_rounds=min_rounds,
                 memory=memory,
                 isolate=isolate,
+                passes=passes,
                 output=output,
                 force=force,
                 progress=tell,
