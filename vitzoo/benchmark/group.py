@@ -30,7 +30,7 @@ Size = tuple[int, int, int]
 
 
 def run_group(
-    cases: list[Case], base: int, how: Measure, folder: Path, nursery: Nursery, tell: Progress
+    cases: list[Case], base: int, how: Measure, folder: Path, nurseries: Sequence[Nursery], tell: Progress
 ) -> list[Row]:
     """Measure cases side by side.
 
@@ -39,13 +39,13 @@ def run_group(
         base: index of the case that ratios are to.
         how: how.
         folder: for exported files, which later groups use again.
-        nursery: where peak memory is measured.
+        nurseries: where the processes come from, one a pass.
         tell: told the present step and the share of the group that is done.
 
     Returns:
         One row a case, in order; a case that failed has "error" and "error_kind".
     """
-    group = _Group(cases, how, folder, nursery, tell)
+    group = _Group(cases, how, folder, nurseries, tell)
     try:
         group.describe()
         group.time()
@@ -61,9 +61,10 @@ def run_group(
 
 class _Group:
     def __init__(
-        self, cases: list[Case], how: Measure, folder: Path, nursery: Nursery, tell: Progress
+        self, cases: list[Case], how: Measure, folder: Path, nurseries: Sequence[Nursery], tell: Progress
     ) -> None:
-        self.cases, self.how, self.folder, self.nursery, self.tell = list(cases), how, folder, nursery, tell
+        self.cases, self.how, self.folder, self.tell = list(cases), how, folder, tell
+        self.nurseries = nurseries
         self.names = [case.name for case in cases]
         self.rows = [settings_of(case) for case in cases]
         self.sizes: list[Size | None] = [None] * len(cases)
@@ -93,7 +94,7 @@ class _Group:
         passes, share = [], 0.75 / self.how.passes
         for number in range(self.how.passes):
             self.close()
-            self._build(0.1 + share * number, 0.3 * share)
+            self._build(self.nurseries[number], 0.1 + share * number, 0.3 * share)
             passes.append(self._time(0.1 + share * (number + 0.3), 0.7 * share))
         seconds = time.perf_counter() - begin
         for row, name in zip(self.rows, self.names, strict=True):
@@ -101,18 +102,16 @@ class _Group:
                 row |= figures([timed[name] for timed in passes], row["mode"])
                 row["run_seconds"] = round(seconds, 3)
 
-    def _build(self, start: float, share: float) -> None:
+    def _build(self, nursery: Nursery, start: float, share: float) -> None:
         """Build every case that has not failed and call it once."""
         todo = [i for i, row in enumerate(self.rows) if "error" not in row]
-        if self.how.isolate or self.how.passes > 1:  # started together: importing takes them seconds
-            self.subjects = {self.names[i]: Worker() for i in todo}
         for done, i in enumerate(todo):
             case, size = self.cases[i], self.sizes[i]
             assert size is not None
             self.tell(f"build {case.name}", start + share * done / len(todo))
             with failures_in(self.rows[i]), cpu_threads(case.threads):
-                worker = self.subjects.get(case.name)
-                if isinstance(worker, Worker):
+                if self.how.isolate or self.how.passes > 1:
+                    self.subjects[case.name] = worker = Worker(nursery)
                     worker.prepare(case, size)
                 else:
                     self.subjects[case.name] = prepare(case, size)
@@ -167,7 +166,9 @@ class _Group:
                 row["peak_mem_mib"], row["peak_mem_error"] = None, f"{error.kind}: {error}"
 
     def _peak(self, case: Case, size: Size) -> float:
-        return self.nursery.peak_memory(replace(case, threads=case.threads or torch.get_num_threads()), size)
+        return self.nurseries[0].peak_memory(
+            replace(case, threads=case.threads or torch.get_num_threads()), size
+        )
 
     def close(self) -> None:
         """Let the models go, and end their processes."""

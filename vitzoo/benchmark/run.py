@@ -184,7 +184,7 @@ def run_groups(
     with contextlib.ExitStack() as stack:
         recorder = stack.enter_context(Recorder(output, force))
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="vitzoo-bench-"))
-        nursery = stack.enter_context(Nursery())
+        nurseries = [stack.enter_context(Nursery()) for _ in range(how.passes)]
         results = Results(header(measure=asdict(how), **more))
         recorder.write(results.header)
         for index, group in enumerate(groups):
@@ -192,7 +192,7 @@ def run_groups(
             def told(step: str, done: float, index: int = index) -> None:
                 tell(f"{index + 1}/{len(groups)} {step}", (index + done) / len(groups))
 
-            rows = run_group(group.cases, group.base, group.how, Path(scratch), nursery, told)
+            rows = run_group(group.cases, group.base, group.how, Path(scratch), nurseries, told)
             claims = group.judge(rows, group.how.confidence) if group.judge else []
             more_of_row = {"comparison": group.comparison} if group.comparison else {}
             for found, into in ((rows, results.rows), (claims, results.claims)):

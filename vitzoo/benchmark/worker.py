@@ -1,6 +1,6 @@
-"""Processes of their own for cases: `python -m vitzoo.benchmark.worker`, spoken to by `Worker` and `Nursery`.
+"""Processes of their own for cases: a `Nursery` is `python -m vitzoo.benchmark.worker`, its forks are `Worker`.
 
-Requests and answers are pickles over standard input and output. The child is ours, started by us: nothing from
+Requests and answers are pickles over a socket of each worker. The processes are ours, started by us: nothing from
 elsewhere is unpickled. Whatever the model prints goes to standard error.
 """
 
@@ -11,12 +11,13 @@ import io
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, NoReturn
 
 import torch
 
@@ -25,87 +26,117 @@ from vitzoo.benchmark.memory import MIB, MemoryUnknownError, allocated, peak_of
 from vitzoo.benchmark.subject import Subject, prepare
 
 Size = tuple[int, int, int]
+# to a nursery: fork, or wait for the fork of this number; the answer is the number, or its exit code
+FORK, LONGEST = b"fork", 64
 
 
 class WorkerError(RuntimeError):
-    """What went wrong in a child, in its words.
+    """What went wrong in a worker, in its words.
 
     Attributes:
         kind: the class of the exception raised there.
-        alive: whether the process is still there.
     """
 
-    def __init__(self, kind: str, message: str, alive: bool = True) -> None:
+    def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
-        self.kind, self.alive = kind, alive
+        self.kind = kind
 
 
-class _Child:
-    """A child process and what is said to it."""
+class Nursery:
+    """A process that has imported everything and run nothing; its forks hold cases.
+
+    So only the first case waits the seconds that importing takes. What a process has for good, such as where its
+    libraries lie, is the same in all forks of a nursery, and differs from that of another one. A context manager; the
+    process starts with the first fork.
+    """
 
     def __init__(self) -> None:
-        paths = os.pathsep.join(path for path in sys.path if path)
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  (what it says on standard error, shown only if it dies)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "vitzoo.benchmark.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  (shown only if it dies)
 
-    def ask(self, request: str, *arguments: Any) -> Any:
-        """Return the answer to a request.
+    def __enter__(self) -> Nursery:
+        return self
 
-        Raises:
-            WorkerError: it failed there, or the process died.
-        """
-        try:
-            pickle.dump((request, arguments), self._process.stdin)  # type: ignore[arg-type]
-            self._process.stdin.flush()  # type: ignore[union-attr]
-            good, answer = pickle.load(self._process.stdout)  # type: ignore[arg-type]
-        except (EOFError, OSError) as error:
-            self._said.seek(0)
-            said = self._said.read().decode(errors="replace").strip().splitlines()
-            raise WorkerError(*_death(self._process.wait(), said[-1:])) from error
-        if not good:
-            raise WorkerError(*answer)
-        return answer
-
-    def prepare(self, case: Case, size: Size) -> dict[str, Any]:
-        """Have it build a case; returns the facts of `Subject`."""
-        return self.ask("prepare", replace(case, module=None, kwargs=dict(case.kwargs)), _packed(case), size)
-
-    def close(self) -> None:
-        """End the process: the end of its requests is the end of its loop."""
-        for stream in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
-                stream.close()  # type: ignore[union-attr]
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+    def __exit__(self, *error: object) -> None:
+        if self._control is not None and self._process is not None:
+            self._control.close()
             self._process.wait()
         self._said.close()
 
+    def fork(self, requests: socket.socket, said: IO[bytes]) -> int:
+        """Fork a process that answers requests.
 
-def _death(code: int, said: Sequence[str] = ()) -> tuple[str, str, bool]:
-    """Return kind and message of the error that a process died of, and that it is dead."""
-    if code == -signal.SIGKILL:
-        why = "it was killed, as the system does when memory runs out"
-        return "MemoryError", f"the process died: {why}", False
-    return "WorkerError", ", ".join([f"the process died: exit code {code}", *said]), False
+        Args:
+            requests: its end of a connection.
+            said: file for what it says on standard output and error.
+
+        Returns:
+            Its number.
+        """
+        if self._control is None:
+            self._control = self._start()
+        socket.send_fds(self._control, [FORK], [requests.fileno(), said.fileno()])
+        return int(self._answer())
+
+    def wait(self, number: int) -> int:
+        """Return the exit code of a fork that ends."""
+        assert self._control is not None
+        self._control.sendall(str(number).encode())
+        return int(self._answer())
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        paths = os.pathsep.join(path for path in sys.path if path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vitzoo.benchmark.worker"],
+            stdin=theirs.fileno(),
+            stdout=self._said,
+            stderr=self._said,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+        theirs.close()
+        return ours
+
+    def _answer(self) -> bytes:
+        assert self._control is not None
+        answer = self._control.recv(LONGEST)
+        if not answer:
+            what = ["the process that forks others died", *_last_line(self._said)]
+            raise WorkerError("WorkerError", ", ".join(what))
+        return answer
+
+    def peak_memory(self, case: Case, size: Size) -> float:
+        """Return the most MiB that a fork holds during a call of the case, above what it held before.
+
+        Raises:
+            WorkerError: building or running the case failed, the process died, or the system does not say.
+        """
+        worker = Worker(self)
+        try:
+            worker.prepare(case, size)
+            return worker.peak_memory()
+        finally:
+            worker.close()
 
 
 class Worker:
-    """A child process that holds one case, with the interface of `Subject`.
+    """A fork of a nursery that holds one case, with the interface of `Subject`.
+
+    Args:
+        nursery: whose.
 
     Attributes:
         facts: of the case, once it is prepared.
     """
 
-    def __init__(self) -> None:
-        self._child = _Child()
+    def __init__(self, nursery: Nursery) -> None:
+        self._nursery = nursery
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  (shown only if it dies)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self._number: int | None = nursery.fork(theirs, self._said)
+            self._stream = ours.makefile("rwb")
         self.facts: dict[str, Any] = {}
 
     def prepare(self, case: Case, size: Size) -> None:
@@ -118,52 +149,63 @@ class Worker:
         Raises:
             WorkerError: building or running the case failed, or the process died.
         """
-        self.facts = self._child.prepare(case, size)
+        case, packed = replace(case, module=None, kwargs=dict(case.kwargs)), _packed(case)
+        self.facts = self._ask("prepare", case, packed, size)
 
     def block(self, calls: int) -> float:
         """Make calls in a row and return the mean seconds of one."""
-        return self._child.ask("block", calls)
+        return self._ask("block", calls)
+
+    def peak_memory(self) -> float:
+        """Return the most MiB that the process held during a call, above what it held before the model was built."""
+        return self._ask("peak_memory")
 
     def close(self) -> None:
-        """End the process."""
-        self._child.close()
+        """End the process, which has nothing to save."""
+        with contextlib.suppress(OSError):
+            self._stream.close()
+        if self._number is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._number, signal.SIGKILL)
+            self._wait()
+        self._said.close()
 
-
-class Nursery:
-    """Measures the peak memory of cases, each in a fresh process.
-
-    The processes are forks of one child that has imported everything and run nothing, so that only the first takes
-    seconds to start. A context manager; the child starts with the first case.
-    """
-
-    def __init__(self) -> None:
-        self._child: _Child | None = None
-
-    def __enter__(self) -> Nursery:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._child is not None:
-            self._child.close()
-
-    def peak_memory(self, case: Case, size: Size) -> float:
-        """Return the most MiB that a process holds during a call of the case, above what it held before.
+    def _ask(self, request: str, *arguments: Any) -> Any:
+        """Return the answer to a request.
 
         Raises:
-            WorkerError: building or running the case failed, the process died, or the system does not say.
+            WorkerError: it failed there, or the process died.
         """
-        child = self._child = self._child or _Child()
-        child.ask("fork")
-        alive = True
         try:
-            child.prepare(case, size)
-            return child.ask("peak_memory")
-        except WorkerError as error:
-            alive = error.alive
-            raise
-        finally:
-            if alive:
-                child.ask("end")
+            pickle.dump((request, arguments), self._stream)
+            self._stream.flush()
+            good, answer = pickle.load(self._stream)
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+        if not good:
+            raise WorkerError(*answer)
+        return answer
+
+    def _wait(self) -> int:
+        """Return the exit code, and forget the number, which another process may get."""
+        assert self._number is not None
+        number, self._number = self._number, None
+        return self._nursery.wait(number)
+
+    def _death(self) -> WorkerError:
+        if self._number is None:
+            return WorkerError("WorkerError", "the process has died before")
+        code = self._wait()
+        if code == -signal.SIGKILL:
+            why = "it was killed, as the system does when memory runs out"
+            return WorkerError("MemoryError", f"the process died: {why}")
+        what = [f"the process died: exit code {code}", *_last_line(self._said)]
+        return WorkerError("WorkerError", ", ".join(what))
+
+
+def _last_line(said: IO[bytes]) -> list[str]:
+    said.seek(0)
+    return said.read().decode(errors="replace").strip().splitlines()[-1:]
 
 
 def _packed(case: Case) -> bytes:
@@ -227,54 +269,58 @@ def _preload(case: Case) -> None:
         torch.cuda.init()
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+def serve(stream: BinaryIO | io.BufferedRWPair) -> None:
     """Answer requests until they end."""
     held = _Held()
     known: dict[str, Callable[..., Any]] = {
         "prepare": held.prepare,
         "block": held.block,
         "peak_memory": held.peak_memory,
-        "fork": lambda: None,
-        "end": lambda: None,
     }
     while True:
         try:
-            request, arguments = pickle.load(requests)
+            request, arguments = pickle.load(stream)
         except EOFError:
             return
-        if request == "fork" and not _forked(answers):
-            continue
         try:
             answer = (True, known[request](*arguments))
         except Exception as error:
             answer = (False, (type(error).__name__, str(error)))
-        _send(answer, answers)
-        if request == "end":
-            os._exit(0)
+        pickle.dump(answer, stream)
+        stream.flush()
 
 
-def _send(answer: tuple[bool, Any], answers: BinaryIO) -> None:
-    pickle.dump(answer, answers)
-    answers.flush()
+def raise_workers(control: socket.socket) -> None:
+    """Fork and wait as requests ask, until they end."""
+    while True:
+        message, handles, _, _ = socket.recv_fds(control, LONGEST, 2)
+        if not message:
+            return
+        if message != FORK:
+            answer = os.waitstatus_to_exitcode(os.waitpid(int(message), 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                control.close()
+                _work(*handles)
+            for handle in handles:
+                os.close(handle)
+        control.sendall(str(answer).encode())
 
 
-def _forked(answers: BinaryIO) -> bool:
-    """Return True in a fork, which answers from now on, and False here when it has ended."""
-    child = os.fork()
-    if child == 0:
-        return True
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code:
-        _send((False, _death(code)), answers)
-    return False
+def _work(requests: int, said: int) -> NoReturn:
+    """Be a worker, to the end of the process."""
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    with socket.socket(fileno=requests) as connection:
+        serve(connection.makefile("rwb"))
+    os._exit(0)
 
 
 def main() -> None:
-    """Serve the parent, whose Ctrl-C is for it alone."""
+    """Raise workers for the parent, whose Ctrl-C is for it alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    serve(sys.stdin.buffer, answers)
+    raise_workers(socket.socket(fileno=0))
 
 
 if __name__ == "__main__":
