@@ -261,7 +261,7 @@ def _operators(op: Any) -> Any:
 
 
 def _quantized(op: Any, x: Any, zero_point: int = 128) -> Any:
-    return _operators(op)("fake_quantize")(x, INPUT_SCALE, zero_point)
+    return _operators(op)("fake_quantize")(x, INPUT_SCALE, zero_point, False)
 
 
 def _zero_point(mode: str) -> int:
