@@ -49,7 +49,6 @@ def run_group(
     try:
         group.describe()
         group.time()
-        group.close()
         group.measure_memory()
     finally:
         group.close()
@@ -63,10 +62,11 @@ class _Group:
     def __init__(
         self, cases: list[Case], how: Measure, folder: Path, nurseries: Sequence[Nursery], tell: Progress
     ) -> None:
-        self.cases, self.how, self.folder, self.tell = list(cases), how, folder, tell
-        self.nurseries = nurseries
+        # a process of its own is to use as many threads as this one would
+        self.cases = [replace(case, threads=case.threads or torch.get_num_threads()) for case in cases]
+        self.how, self.folder, self.tell, self.nurseries = how, folder, tell, nurseries
         self.names = [case.name for case in cases]
-        self.rows = [settings_of(case) for case in cases]
+        self.rows = [settings_of(case) for case in self.cases]
         self.sizes: list[Size | None] = [None] * len(cases)
         self.subjects: dict[str, Subject | Worker] = {}
         self.calls: dict[float, dict[str, int]] = {}  # by seconds of a block
@@ -93,9 +93,9 @@ class _Group:
         begin = time.perf_counter()
         passes, share = [], 0.75 / self.how.passes
         for number in range(self.how.passes):
-            self.close()
             self._build(self.nurseries[number], 0.1 + share * number, 0.3 * share)
             passes.append(self._time(0.1 + share * (number + 0.3), 0.7 * share))
+            self.close()
         seconds = time.perf_counter() - begin
         for row, name in zip(self.rows, self.names, strict=True):
             if "error" not in row:
@@ -161,14 +161,9 @@ class _Group:
             self.tell(f"memory of {case.name}", 0.85 + 0.15 * i / len(self.cases))
             row["peak_mem_of"] = "CUDA allocator" if case.device.startswith("cuda") else "resident set"
             try:
-                row["peak_mem_mib"] = round(self._peak(case, size), 2)
+                row["peak_mem_mib"] = round(self.nurseries[0].peak_memory(case, size), 2)
             except WorkerError as error:
                 row["peak_mem_mib"], row["peak_mem_error"] = None, f"{error.kind}: {error}"
-
-    def _peak(self, case: Case, size: Size) -> float:
-        return self.nurseries[0].peak_memory(
-            replace(case, threads=case.threads or torch.get_num_threads()), size
-        )
 
     def close(self) -> None:
         """Let the models go, and end their processes."""
@@ -194,7 +189,7 @@ def settings_of(case: Case) -> Row:
         "layout": case.memory_format,
         "attention": case.attention,
         "device": case.device,
-        "threads": case.threads or torch.get_num_threads(),
+        "threads": case.threads,
         "requested_img_size": list(case.img_size) if isinstance(case.img_size, tuple) else case.img_size,
         "requested_batch_size": case.batch_size,
         f"{case.mode}_batch_size": case.batch_size,

@@ -46,8 +46,9 @@ class Nursery:
     """A process that has imported everything and run nothing; its forks hold cases.
 
     So only the first case waits the seconds that importing takes. What a process has for good, such as where its
-    libraries lie, is the same in all forks of a nursery, and differs from that of another one. A context manager; the
-    process starts with the first fork.
+    libraries lie, is the same in all forks of a nursery, and differs from that of another one; multiprocessing's fork
+    server, one a program, would not do, and runs the caller's main module again. A context manager; the process starts
+    with the first fork.
     """
 
     def __init__(self) -> None:
