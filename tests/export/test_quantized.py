@@ -261,7 +261,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     four = quantize(model, load_recipe("w4a4"), BATCHES)
-    with pytest.raises(ValueError, match="recipe 'w4a4' is simulated only"):
+    with pytest.raises(ValueError, match="recipe 'w4a4' can only be simulated"):
         write_quantized(four, tmp_path / "m.onnx", model, "x86-vnni")
     with pytest.raises(ValueError, match="target is 'x86', expected one of x86-vnni, x86-avx2"):
         write_quantized(made["static"], tmp_path / "m.onnx", model, "x86")

@@ -123,6 +123,14 @@ class Recipe:
         widths = {self.weight_bits, self.activation_bits, self.first_last_bits, *self.mixed_bits}
         return uniform and widths == {8}
 
+    def require_integers(self) -> None:
+        """Raise ValueError unless runtimes and integer kernels execute it."""
+        if not self.runs_as_integers:
+            raise ValueError(
+                f"recipe {self.name!r} can only be simulated: integer kernels execute uniform 8-bit quantizers; "
+                "take auto or one that begins with w8a8"
+            )
+
 
 def recipe_from_toml(path: str | Path) -> Recipe:
     """Read a recipe from a TOML file, one key a field.

@@ -105,17 +105,8 @@ def convert_int8(model: nn.Module, quantized: QuantizedModel) -> Int8Model:
             `model` is not what was quantized.
         RuntimeError: torch.export cannot trace the model; the message is its own.
     """
-    require_integers(quantized.recipe)
+    quantized.recipe.require_integers()
     return _Conversion(model, quantized).run()
-
-
-def require_integers(recipe: Recipe) -> None:
-    """Raise ValueError unless integer kernels execute a recipe."""
-    if not recipe.runs_as_integers:
-        raise ValueError(
-            f"recipe {recipe.name!r} can only be simulated: integer kernels execute uniform 8-bit quantizers; "
-            "take auto or one that begins with w8a8"
-        )
 
 
 def simulate_int8(quantized: QuantizedModel) -> fx.GraphModule:

@@ -26,12 +26,13 @@ aten = torch.ops.aten
 # spelled out its tokens' states, N numbers a channel each, would all be in memory, and eager runs a step at a time
 SCAN = "bidirectional_selective_scan"
 
-# operations that only move elements: what is true of their input's origin is true of theirs
-_MOVES = {
+# operations that keep every element: quantizing before one is quantizing behind it
+REARRANGES = {
     aten.transpose.int, aten.permute.default, aten.reshape.default, aten.view.default, aten.flatten.using_ints,
-    aten.unflatten.int, aten.contiguous.default, aten.slice.Tensor, aten.clone.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.select.int, aten.to.dtype, aten.type_as.default,
+    aten.unflatten.int, aten.contiguous.default, aten.clone.default, aten.unsqueeze.default, aten.squeeze.dim,
 }  # fmt: skip
+# operations that only move elements: what is true of their input's origin is true of theirs
+_MOVES = REARRANGES | {aten.slice.Tensor, aten.select.int, aten.to.dtype, aten.type_as.default}
 _ORIGINS = {
     aten.layer_norm.default: "norm",
     aten.softmax.int: "softmax",

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  defines torch.ops.quantized_decomposed
 
 from vitzoo.quantization.api import QuantizedModel
-from vitzoo.quantization.convert import WholeGraph, require_integers
+from vitzoo.quantization.convert import WholeGraph
 from vitzoo.quantization.graph import Site, get_tensor, tidy
 from vitzoo.quantization.modules import unsigned
 from vitzoo.quantization.quantizers import Quantizer, Uniform
@@ -43,7 +43,7 @@ def pt2e_graph(model: nn.Module, quantized: QuantizedModel) -> fx.GraphModule:
             `model` is not what was quantized.
         RuntimeError: torch.export cannot trace the model; the message is its own.
     """
-    require_integers(quantized.recipe)
+    quantized.recipe.require_integers()
     return _Rewriting(model, quantized).run()
 
 

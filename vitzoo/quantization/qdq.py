@@ -14,16 +14,11 @@ from torch import Tensor, fx
 
 from vitzoo.kernels.bidirectional_selective_scan import bidirectional_selective_scan
 from vitzoo.quantization.api import QuantizedModel
-from vitzoo.quantization.graph import SCAN, Site, convolution_arguments, get_tensor, tidy
+from vitzoo.quantization.graph import REARRANGES, SCAN, Site, convolution_arguments, get_tensor, tidy
 from vitzoo.quantization.quantizers import Quantizer, Uniform
 from vitzoo.quantization.simulate import SitePlan, dynamic_range
 
 aten = torch.ops.aten
-# operations that keep every element: quantizing before one is quantizing behind it
-_REARRANGES = {
-    aten.transpose.int, aten.permute.default, aten.reshape.default, aten.view.default, aten.flatten.using_ints,
-    aten.unflatten.int, aten.clone.default, aten.unsqueeze.default, aten.squeeze.dim,
-}  # fmt: skip
 
 
 @torch.library.custom_op("vitzoo_qdq::fake_quantize", mutates_args=())
@@ -103,12 +98,7 @@ def integer_graph(quantized: QuantizedModel, unsigned_weights: bool = False) -> 
     Raises:
         ValueError: the recipe has widths or quantizers that no runtime executes.
     """
-    recipe = quantized.recipe
-    if not recipe.runs_as_integers:
-        raise ValueError(
-            f"recipe {recipe.name!r} is simulated only: runtimes execute uniform 8-bit quantizers; "
-            "take auto or one that begins with w8a8"
-        )
+    quantized.recipe.require_integers()
     return _Builder(quantized, unsigned_weights).run()
 
 
@@ -173,7 +163,7 @@ class _Builder:
         """
         moves = []
         source = x
-        while source.op == "call_function" and source.target in _REARRANGES:
+        while source.op == "call_function" and source.target in REARRANGES:
             moves.append(source)
             source = source.args[0]  # type: ignore[assignment]
         if not of_product and source not in self.products:
