@@ -25,8 +25,9 @@ from vitzoo.deploy.exported import read_exported
 from vitzoo.export import ExportError
 from vitzoo.export.openvino import convert_onnx
 from vitzoo.export.quantized import write_quantized
-from vitzoo.quantization.api import QuantizedModel, quantize
+from vitzoo.quantization.api import quantize
 from vitzoo.quantization.config import Recipe
+from vitzoo.quantization.model import QuantizedModel
 from vitzoo.testing import image
 
 pytest.importorskip("onnxruntime", reason="needs the ONNX packages: pip install 'vitzoo[onnx]'")

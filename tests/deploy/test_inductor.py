@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import vitzoo
 from vitzoo.deploy import inductor, lower_int8
-from vitzoo.quantization.api import QuantizedModel, quantize
+from vitzoo.quantization.api import quantize
 from vitzoo.quantization.config import Recipe
+from vitzoo.quantization.model import QuantizedModel
 from vitzoo.testing import image, relative_difference
 
 SIZE = 64

@@ -20,8 +20,9 @@ from vitzoo.deploy import gate as gate_module
 from vitzoo.deploy.formats import FORMATS, format_of
 from vitzoo.export import ExportError, files
 from vitzoo.export.quantized import write_quantized
-from vitzoo.quantization.api import QuantizedModel, quantize
+from vitzoo.quantization.api import quantize
 from vitzoo.quantization.config import Recipe
+from vitzoo.quantization.model import QuantizedModel
 from vitzoo.testing import image, relative_difference
 
 pytest.importorskip("onnxruntime", reason="needs the ONNX packages: pip install 'vitzoo[onnx]'")

@@ -19,8 +19,9 @@ from vitzoo.deploy import gate as gate_module
 from vitzoo.export.check import open_session, run_session
 from vitzoo.export.notes import PREPROCESSING
 from vitzoo.export.quantized import export_int8, for_target, write_quantized
-from vitzoo.quantization.api import QuantizedModel, quantize
+from vitzoo.quantization.api import quantize
 from vitzoo.quantization.config import Recipe, load_recipe, recipe_names
+from vitzoo.quantization.model import QuantizedModel
 from vitzoo.quantization.qdq import integer_graph
 from vitzoo.testing import image, relative_difference
 

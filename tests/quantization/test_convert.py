@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import vitzoo
 from vitzoo.deploy import torch_coverage
-from vitzoo.quantization.api import QuantizedModel, quantize
+from vitzoo.quantization.api import quantize
 from vitzoo.quantization.config import Recipe, load_recipe
 from vitzoo.quantization.convert import convert_int8, simulate_int8
 from vitzoo.quantization.graph import Site, get_tensor
+from vitzoo.quantization.model import QuantizedModel
 from vitzoo.quantization.modules import Int8Linear
 from vitzoo.testing import image, relative_difference
 

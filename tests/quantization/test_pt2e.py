@@ -7,8 +7,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vitzoo.quantization.api import QuantizedModel, quantize
+from vitzoo.quantization.api import quantize
 from vitzoo.quantization.config import Recipe, load_recipe
+from vitzoo.quantization.model import QuantizedModel
 from vitzoo.quantization.pt2e import pt2e_graph
 from vitzoo.testing import image, relative_difference
 

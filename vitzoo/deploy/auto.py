@@ -15,6 +15,7 @@ from vitzoo.export.quantized import check_target, for_target
 from vitzoo.quantization import api
 from vitzoo.quantization.config import Recipe, load_recipe
 from vitzoo.quantization.graph import Site
+from vitzoo.quantization.model import QuantizedModel
 
 # u8 x u8 takes this many times as long as u8 x s8 of seven bits with AVX2 (ONNX Runtime, M 1576, K 384, N 1536, one
 # thread: 1.46 and 2.07 times as fast as float); elsewhere both take the same time, which says nothing of AVX2
@@ -30,7 +31,7 @@ def quantize(
     measure_layers: bool = False,
     target: str | None = None,
     threads: int | None = None,
-) -> api.QuantizedModel:
+) -> QuantizedModel:
     """Quantize a model by a recipe.
 
     A recipe whose activations are "auto" has each layer timed in ONNX Runtime, on this machine, in floating point and
@@ -82,7 +83,7 @@ def quantize(
     with tempfile.TemporaryDirectory() as folder:
         floating = Path(folder, "float.onnx")
 
-        def race(candidates: Sequence[api.QuantizedModel]) -> Sequence[float]:
+        def race(candidates: Sequence[QuantizedModel]) -> Sequence[float]:
             if not floating.exists():
                 export_onnx(model, floating, input_size=batches[0].shape[1:], check=False)
             return file_speeds(floating, candidates, model, batches[0], goal, threads)

@@ -21,8 +21,8 @@ from vitzoo.export.common import Progress, Run
 from vitzoo.export.openvino import convert_onnx, open_openvino
 from vitzoo.export.program import load
 from vitzoo.export.quantized import write_quantized
-from vitzoo.quantization.api import QuantizedModel
 from vitzoo.quantization.convert import convert_int8, simulate_int8
+from vitzoo.quantization.model import QuantizedModel
 
 NOTES_SUFFIX = ".json"
 

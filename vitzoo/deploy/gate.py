@@ -24,7 +24,7 @@ from vitzoo.export.common import Run, silent
 from vitzoo.export.files import publish, scratch_folder
 from vitzoo.export.notes import hashes, notes, write_notes
 from vitzoo.export.quantized import OPSET, check_target
-from vitzoo.quantization.api import QuantizedModel
+from vitzoo.quantization.model import QuantizedModel
 
 RUN_BATCHES = (1, 3, 8)
 SECONDS = 3.0  # that each file is timed for

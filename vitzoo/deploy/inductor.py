@@ -17,7 +17,7 @@ from vitzoo.benchmark.machine import this_machine
 from vitzoo.deploy.coverage import Coverage
 from vitzoo.deploy.formats import has_whole_range
 from vitzoo.export.common import require
-from vitzoo.quantization.api import QuantizedModel
+from vitzoo.quantization.model import QuantizedModel
 from vitzoo.quantization.pt2e import pt2e_graph
 
 _INTEGER = ("onednn.qlinear_pointwise", "onednn.qconv_pointwise", "onednn.qconv2d_pointwise")

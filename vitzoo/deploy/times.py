@@ -21,9 +21,9 @@ from vitzoo.benchmark.timing import compare
 from vitzoo.export.check import open_session, run_session
 from vitzoo.export.onnx import require_packages
 from vitzoo.export.quantized import OPSET, translations, write_quantized
-from vitzoo.quantization.api import QuantizedModel
 from vitzoo.quantization.choice import FLOAT
 from vitzoo.quantization.graph import Recorder, Site, convolution_arguments, get_tensor
+from vitzoo.quantization.model import QuantizedModel
 
 SECONDS = 0.15
 ROUNDS = 8

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from vitzoo.export.files import publish, scratch_folder
 from vitzoo.export.onnx import describe, require_packages, translate
-from vitzoo.quantization.api import QuantizedModel, quantize
+from vitzoo.quantization.api import quantize
 from vitzoo.quantization.config import Recipe, load_recipe
+from vitzoo.quantization.model import QuantizedModel
 from vitzoo.quantization.qdq import integer_graph
 
 TARGETS = ("x86-vnni", "x86-avx2", "arm", "tensorrt")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from vitzoo.kernels.int8_linear.reference import row_scale, to_codes
-from vitzoo.quantization.api import LayerReport, QuantizedModel
 from vitzoo.quantization.config import Recipe
 from vitzoo.quantization.graph import Site, capture, find_sites, get_tensor, set_tensor, tidy
+from vitzoo.quantization.model import LayerReport, QuantizedModel
 from vitzoo.quantization.modules import Int8Linear, unsigned
 from vitzoo.quantization.quantizers import Uniform
 from vitzoo.quantization.simulate import DynamicQuantize, SitePlan, simulated

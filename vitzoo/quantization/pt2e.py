@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  defines torch.ops.quantized_decomposed
 
-from vitzoo.quantization.api import QuantizedModel
 from vitzoo.quantization.convert import WholeGraph
 from vitzoo.quantization.graph import Site, get_tensor, tidy
+from vitzoo.quantization.model import QuantizedModel
 from vitzoo.quantization.modules import unsigned
 from vitzoo.quantization.quantizers import Quantizer, Uniform
 from vitzoo.quantization.simulate import SitePlan

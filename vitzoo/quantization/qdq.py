@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from vitzoo.kernels.bidirectional_selective_scan import bidirectional_selective_scan
-from vitzoo.quantization.api import QuantizedModel
 from vitzoo.quantization.graph import REARRANGES, SCAN, Site, convolution_arguments, get_tensor, tidy
+from vitzoo.quantization.model import QuantizedModel
 from vitzoo.quantization.quantizers import Quantizer, Uniform
 from vitzoo.quantization.simulate import SitePlan, dynamic_range
 
