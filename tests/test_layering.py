@@ -25,6 +25,7 @@ RANKS = {
     "registry": 0,
     "checkpoint": 0,
     "testing": 0,
+    "stack": 0,
     "_version": 0,
 }
 SIDEWAYS = {("export", "quantization"), ("benchmark", "export"), ("demo", "deploy")}

@@ -19,6 +19,8 @@ import torch
 from torch.utils.benchmark import Measurement, TaskSpec
 from torch.utils.benchmark.utils.timer import timer as clock  # waits for the accelerator, if there is one
 
+from vitzoo.stack import with_room
+
 Work = Callable[[], Any]
 Block = Callable[[int], float]  # makes that many calls in a row, returns the mean seconds of one
 Progress = Callable[[str, float], None]
@@ -195,6 +197,7 @@ def compare_blocks(
     }
 
 
+@with_room  # or what a model takes depends on how deep in the caller's stack it is timed
 def run_block(work: Work, calls: int) -> float:
     """Make calls in a row and return the mean seconds of one; an accelerator is waited for at both ends."""
     start = clock()

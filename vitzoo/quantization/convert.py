@@ -21,6 +21,7 @@ from vitzoo.quantization.model import LayerReport, QuantizedModel
 from vitzoo.quantization.modules import Int8Linear, unsigned
 from vitzoo.quantization.quantizers import Uniform
 from vitzoo.quantization.simulate import DynamicQuantize, SitePlan, simulated
+from vitzoo.stack import with_room
 
 aten = torch.ops.aten
 # float32 rounding of two graphs of the same function, spelled differently
@@ -70,6 +71,7 @@ class Int8Model(nn.Module):
         self.body = body
         self._paths = dict(paths)
 
+    @with_room  # the body is one function with a frame of several kilobytes, and calls hundreds
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (B, num_classes) of images (B, C, H, W)."""
         return self.body(x)
