@@ -14,6 +14,8 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
+constexpr int64_t kShares = 256;  // that threads divide the packing by
+
 struct Freed {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
@@ -50,13 +52,20 @@ void int8_linear_fwd_cpu(Tensor x, Tensor weight, Tensor weight_scale, Optional 
                          int64_t x_zero, bool signed_x, int64_t activation, double out_scale,
                          int64_t out_zero, Tensor out) {
   Int8LinearArgs k{};
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1),
-                  "x must be (M, K) on the CPU with contiguous rows");
-  k.rows = x.size(0);
-  k.depth = x.size(1);
   k.x = x.data_ptr();
-  k.x_stride = x.stride(0);
   k.x_kind = code_kind_of(x, "x");
+  if (x.dim() == 3) {
+    STD_TORCH_CHECK(x.is_cpu() && k.x_kind == CodeKind::f32 && x.stride(1) == 1,
+                    "x must be (B, L, K) on the CPU, float32, with rows side by side");
+    k.side_by_side = x.size(1);
+    k.x_step = x.stride(2);
+  } else {
+    STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1),
+                    "x must be (M, K) on the CPU with contiguous rows");
+  }
+  k.rows = x.size(0) * (x.dim() == 3 ? x.size(1) : 1);
+  k.depth = x.size(-1);
+  k.x_stride = x.stride(0);
   STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.is_contiguous() &&
                       weight.scalar_type() == ScalarType::Char && weight.size(1) == k.depth,
                   "weight must be a contiguous int8 (N, K) on the CPU");
@@ -91,20 +100,25 @@ void int8_linear_fwd_cpu(Tensor x, Tensor weight, Tensor weight_scale, Optional 
   const int64_t padded = (k.depth + kernels.step - 1) / kernels.step * kernels.step;
   const int64_t panels = (k.columns + kernels.panel_columns - 1) / kernels.panel_columns;
   const int64_t columns = panels * kernels.panel_columns;
-  const Buffer packed_x = allocate(k.rows * padded * kernels.code_bytes);
+  const bool packed = k.x_kind == CodeKind::u8 && kernels.code_bytes == 1 && k.depth == padded;
+  const Buffer packed_x = allocate(packed ? 0 : k.rows * padded * kernels.code_bytes);
   const Buffer packed_weight = allocate(columns * padded * kernels.code_bytes);
   const Buffer sums = allocate(columns * int64_t(sizeof(int32_t)));
   const Buffer scales = allocate(k.rows * int64_t(sizeof(float)));
-  k.packed_x = packed_x.get();
+  k.packed_x = packed ? nullptr : packed_x.get();
+  k.codes = packed ? k.x : packed_x.get();
+  k.codes_stride = packed ? k.x_stride : padded;
   k.packed_weight = packed_weight.get();
   k.weight_sums = static_cast<int32_t*>(sums.get());
   k.row_scale = static_cast<float*>(scales.get());
-  const auto run = [&](Int8LinearPass pass, int64_t items, int64_t grain) {
-    torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { pass(k, begin, end); });
-  };
-  run(kernels.pack_weight, panels, 1);
-  run(kernels.pack_x, k.rows, 16);
-  run(kernels.multiply, panels * ((k.rows + kRowBlock - 1) / kRowBlock), 1);
+  // Both packings in one region, each thread its share of either: waking the threads once more costs as much
+  // as packing a small weight.
+  torch::stable::parallel_for(0, kShares, 1, [&](int64_t begin, int64_t end) {
+    kernels.pack_weight(k, panels * begin / kShares, panels * end / kShares);
+    kernels.pack_x(k, k.rows * begin / kShares, k.rows * end / kShares);
+  });
+  torch::stable::parallel_for(0, panels * ((k.rows + kRowBlock - 1) / kRowBlock), 1,
+                              [&](int64_t begin, int64_t end) { kernels.multiply(k, begin, end); });
 }
 
 }  // namespace

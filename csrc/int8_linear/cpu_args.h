@@ -13,6 +13,9 @@ struct Int8LinearArgs {
   int64_t rows, columns, depth;  // M, N, K
   const void* x;                 // (M, K), rows contiguous
   int64_t x_stride;              // elements between rows
+  // Where > 0, x is (M / side_by_side, side_by_side, K), float: a batch's rows lie side by side, x_step
+  // elements are between the values of one, and x_stride between batches.
+  int64_t side_by_side, x_step;
   CodeKind x_kind, out_kind;
   const int8_t* weight;       // (N, K), contiguous
   const float* weight_scale;  // (N)
@@ -26,10 +29,13 @@ struct Int8LinearArgs {
   void* out;  // (M, N), contiguous
 
   // Filled by the packing passes; sizes in Int8LinearKernels.
-  void* packed_x;
+  void* packed_x;  // null where x already is what it would be
   void* packed_weight;
   int32_t* weight_sums;  // one a column, padded to whole panels
   float* row_scale;      // (M)
+
+  const void* codes;  // packed_x, or x in its place
+  int64_t codes_stride;
 };
 
 constexpr int64_t kTileRows = 6;

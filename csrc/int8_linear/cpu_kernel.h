@@ -1,9 +1,9 @@
-// int8_linear: x is turned into codes row by row, the weight into panels of a few vectors of columns, and
-// each panel is multiplied with tiles of six rows whose sums stay in registers. One lane holds one column and
-// takes `step` codes along K at once: four bytes by the 8-bit dot product, or two 16-bit numbers by the
-// multiply-add that every x86-64 has. Neither can saturate: vpdpbusd adds in 32 bits, and 16-bit codes are at
-// most 255 by 128. Products of floating-point numbers are never fused with sums, so that every CPU gives the
-// same bits.
+// int8_linear: x is turned into codes row by row, or several rows at once where they lie side by side, the
+// weight into panels of a few vectors of columns, and each panel is multiplied with tiles of six rows whose
+// sums stay in registers. One lane holds one column and takes `step` codes along K at once: four bytes by the
+// 8-bit dot product, or two 16-bit numbers by the multiply-add that every x86-64 has. Neither can saturate:
+// vpdpbusd adds in 32 bits, and 16-bit codes are at most 255 by 128. Products of floating-point numbers are
+// never fused with sums, so that every CPU gives the same bits.
 #pragma once
 
 #include "../common/no_contraction.h"
@@ -93,38 +93,90 @@ inline float scale_of_row(const S* x, int64_t depth) {
   return (magnitude < 1e-30f ? 1e-30f : magnitude) / 127.0f;
 }
 
+// Writes the codes of the first `count` lanes.
+VITZOO_INLINE void pack(const Int8LinearArgs& k, F x, F scale, int count, Code* out) {
+  // packed = code - x_zero + packed_zero, all of it in one range
+  const float low = float(k.x_low - k.x_zero), high = float(k.x_high - k.x_zero);
+  const I codes = code_of(x, scale, low, high) + packed_zero(k);
+  if (count == W) {
+    typedef Code Packed __attribute__((vector_size(W * sizeof(Code))));
+    const Packed packed = __builtin_convertvector(codes, Packed);
+    __builtin_memcpy(out, &packed, sizeof(packed));
+  } else {
+    for (int j = 0; j < count; ++j) {
+      out[j] = Code(codes[j]);
+    }
+  }
+}
+
 template <class S>
 inline void pack_row(const Int8LinearArgs& k, const S* x, float scale, Code* out) {
-  // packed = code - x_zero + packed_zero, all of it in one range
-  const int32_t zero = packed_zero(k);
-  const float low = float(k.x_low - k.x_zero), high = float(k.x_high - k.x_zero);
   const F scales = broadcast<float>(scale);
   int64_t i = 0;
   for (; i + W <= k.depth; i += W) {
-    typedef Code Packed __attribute__((vector_size(W * sizeof(Code))));
-    const Packed codes =
-        __builtin_convertvector(code_of(load_row<float>(x + i, W), scales, low, high) + zero, Packed);
-    __builtin_memcpy(out + i, &codes, sizeof(codes));
+    pack(k, load_row<float>(x + i, W), scales, W, out + i);
   }
   if (i < k.depth) {
-    const I codes = code_of(load_row<float>(x + i, int(k.depth - i)), scales, low, high) + zero;
-    for (int j = 0; i < k.depth; ++i, ++j) {
-      out[i] = Code(codes[j]);
+    pack(k, load_row<float>(x + i, int(k.depth - i)), scales, int(k.depth - i), out + i);
+  }
+}
+
+// What `scale_of_row` gives for each of up to W rows that lie side by side.
+inline F scales_of_rows(const Int8LinearArgs& k, const float* x, int rows) {
+  I largest{};
+  for (int64_t i = 0; i < k.depth; ++i) {
+    const I magnitude = (I)absolute<float>(load_row<float>(x + i * k.x_step, rows));
+    largest = largest > magnitude ? largest : magnitude;
+  }
+  const F magnitude = (F)largest;
+  return (magnitude < 1e-30f ? broadcast<float>(1e-30f) : magnitude) / 127.0f;
+}
+
+// Up to W rows at once, turned in registers.
+void pack_side_by_side(const Int8LinearArgs& k, int64_t begin, int64_t end) {
+  const int64_t stride = k.codes_stride;
+  for (int64_t m = begin, rows; m < end; m += rows) {
+    const int64_t first = m % k.side_by_side;
+    const int64_t left = k.side_by_side - first < end - m ? k.side_by_side - first : end - m;
+    rows = left < W ? left : W;
+    const float* const x = static_cast<const float*>(k.x) + m / k.side_by_side * k.x_stride + first;
+    const F scales = k.x_scale == nullptr ? scales_of_rows(k, x, int(rows))
+                     : k.scale_a_row      ? load_row<float>(k.x_scale + m, int(rows))
+                                          : broadcast<float>(*k.x_scale);
+    store_row<float>(k.row_scale + m, scales, int(rows));
+    Code* const out = static_cast<Code*>(k.packed_x) + m * stride;
+    for (int64_t i = 0; i < k.depth; i += W) {
+      const int count = k.depth - i < W ? int(k.depth - i) : W;
+      F v[W];
+      for (int j = 0; j < W; ++j) {
+        v[j] = j < count ? load_row<float>(x + (i + j) * k.x_step, int(rows)) : F{};
+      }
+      transpose_step<float, 1>(v);
+      for (int r = 0; r < rows; ++r) {
+        pack(k, v[r], broadcast<float>(scales[r]), count, out + r * stride + i);
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      for (int64_t i = k.depth; i < stride; ++i) {
+        out[r * stride + i] = 0;
+      }
     }
   }
 }
 
 template <class S>
 inline void copy_row(const Int8LinearArgs& k, const S* x, Code* out) {
+  // bytes may alias anything: the bound has to be seen not to change
+  const int64_t depth = k.depth;
   const int32_t shift = packed_zero(k) - k.x_zero;
-  for (int64_t i = 0; i < k.depth; ++i) {
+  for (int64_t i = 0; i < depth; ++i) {
     out[i] = Code(int32_t(x[i]) + shift);
   }
 }
 
 template <class S>
 inline void pack_rows(const Int8LinearArgs& k, int64_t begin, int64_t end) {
-  const int64_t stride = steps_of(k) * kStep;
+  const int64_t stride = k.codes_stride;
   for (int64_t m = begin; m < end; ++m) {
     const S* const x = static_cast<const S*>(k.x) + m * k.x_stride;
     Code* const out = static_cast<Code*>(k.packed_x) + m * stride;
@@ -139,10 +191,13 @@ inline void pack_rows(const Int8LinearArgs& k, int64_t begin, int64_t end) {
 
 template <class S>
 inline void copy_rows(const Int8LinearArgs& k, int64_t begin, int64_t end) {
-  const int64_t stride = steps_of(k) * kStep;
+  const int64_t stride = k.codes_stride;
   for (int64_t m = begin; m < end; ++m) {
-    Code* const out = static_cast<Code*>(k.packed_x) + m * stride;
     k.row_scale[m] = k.x_scale[k.scale_a_row ? m : 0];
+    if (k.packed_x == nullptr) {
+      continue;
+    }
+    Code* const out = static_cast<Code*>(k.packed_x) + m * stride;
     copy_row(k, static_cast<const S*>(k.x) + m * k.x_stride, out);
     for (int64_t i = k.depth; i < stride; ++i) {
       out[i] = 0;
@@ -151,6 +206,9 @@ inline void copy_rows(const Int8LinearArgs& k, int64_t begin, int64_t end) {
 }
 
 void pack_x(const Int8LinearArgs& k, int64_t begin, int64_t end) {
+  if (k.side_by_side > 0) {
+    return pack_side_by_side(k, begin, end);
+  }
   switch (k.x_kind) {
     case CodeKind::s8:
       return copy_rows<int8_t>(k, begin, end);
@@ -230,21 +288,21 @@ VITZOO_INLINE I broadcast_step(const Code* p) {
   return bits - I{};
 }
 
-// sums (R, vectors) of R rows with one panel.
-template <int R>
+// sums (R, vectors) of R rows with the first V vectors of a panel.
+template <int R, int V>
 inline void tile(const Code* x, int64_t stride, const I* weight, int64_t steps, I* out) {
-  I sum[R][kVectors] = {};
+  I sum[R][V] = {};
   for (int64_t s = 0; s < steps; ++s) {
-    I columns[kVectors];
+    I columns[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
+    for (int j = 0; j < V; ++j) {
       columns[j] = weight[s * kVectors + j];
     }
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
       const I codes = broadcast_step(x + r * stride + s * kStep);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
+      for (int j = 0; j < V; ++j) {
         sum[r][j] = dot(sum[r][j], codes, columns[j]);
       }
     }
@@ -252,27 +310,42 @@ inline void tile(const Code* x, int64_t stride, const I* weight, int64_t steps, 
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
+    for (int j = 0; j < V; ++j) {
       out[r * kVectors + j] = sum[r][j];
     }
   }
 }
 
+template <int V>
 __attribute__((noinline)) void tile_of(int64_t rows, const Code* x, int64_t stride, const I* weight,
                                        int64_t steps, I* out) {
   switch (rows) {
     case 1:
-      return tile<1>(x, stride, weight, steps, out);
+      return tile<1, V>(x, stride, weight, steps, out);
     case 2:
-      return tile<2>(x, stride, weight, steps, out);
+      return tile<2, V>(x, stride, weight, steps, out);
     case 3:
-      return tile<3>(x, stride, weight, steps, out);
+      return tile<3, V>(x, stride, weight, steps, out);
     case 4:
-      return tile<4>(x, stride, weight, steps, out);
+      return tile<4, V>(x, stride, weight, steps, out);
     case 5:
-      return tile<5>(x, stride, weight, steps, out);
+      return tile<5, V>(x, stride, weight, steps, out);
     default:
-      return tile<6>(x, stride, weight, steps, out);
+      return tile<6, V>(x, stride, weight, steps, out);
+  }
+}
+
+using Tile = void (*)(int64_t rows, const Code* x, int64_t stride, const I* weight, int64_t steps, I* out);
+
+// The last panel has fewer columns: its empty vectors are not multiplied.
+inline Tile tile_for(int64_t columns) {
+  if constexpr (kVectors == 4) {
+    if (columns <= 2 * W) {
+      return columns <= W ? tile_of<1> : tile_of<2>;
+    }
+    return columns <= 3 * W ? tile_of<3> : tile_of<4>;
+  } else {
+    return columns <= W ? tile_of<1> : tile_of<2>;
   }
 }
 
@@ -380,18 +453,19 @@ inline void finish(const Int8LinearArgs& k, const Panel& panel, const I* sums, i
 
 template <class S, Activation A>
 inline void multiply_of(const Int8LinearArgs& k, int64_t begin, int64_t end) {
-  const int64_t steps = steps_of(k), stride = steps * kStep;
+  const int64_t steps = steps_of(k), stride = k.codes_stride;
   const int64_t blocks = (k.rows + kRowBlock - 1) / kRowBlock;
-  const Code* const x = static_cast<const Code*>(k.packed_x);
+  const Code* const x = static_cast<const Code*>(k.codes);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t number = item / blocks, block = item % blocks;
     const I* const weight = static_cast<const I*>(k.packed_weight) + number * steps * kVectors;
     const Panel panel = panel_of(k, number * kColumns);
+    const Tile tile = tile_for(k.columns - number * kColumns);
     const int64_t last = (block + 1) * kRowBlock < k.rows ? (block + 1) * kRowBlock : k.rows;
     for (int64_t row = block * kRowBlock; row < last; row += kTileRows) {
       const int64_t rows = last - row < kTileRows ? last - row : kTileRows;
       I sums[kTileRows * kVectors];
-      tile_of(rows, x + row * stride, stride, weight, steps, sums);
+      tile(rows, x + row * stride, stride, weight, steps, sums);
       finish<S, A>(k, panel, sums, row, rows, number * kColumns);
     }
   }

@@ -22,6 +22,14 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Return x as (M, K) with contiguous rows, or as (B, L, K) whose rows lie side by side: those the kernels turn."""
+    if x.ndim == 3 and x.dtype == torch.float32 and x.stride(1) == 1 and x.stride(2) >= x.shape[1] > 1:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+
+
 def forward(
     x: Tensor,
     weight_int8: Tensor,
@@ -34,16 +42,13 @@ def forward(
     out_zero_point: Tensor | None,
 ) -> Tensor:
     """Return the output."""
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(-1) != 1 and rows.shape[-1] > 1:
-        rows = rows.contiguous()
     dtype = out_dtype(x, weight_scale)
     if out_scale is not None:
         dtype = torch.int8 if out_zero_point is None else out_zero_point.dtype
     out = torch.empty((*x.shape[:-1], weight_int8.shape[0]), dtype=dtype)
     codes = x.dtype if x_zero_point is None else x_zero_point.dtype
     torch.ops.vitzoo_native.int8_linear_fwd(
-        rows,
+        _rows(x),
         weight_int8.contiguous(),
         _floats(weight_scale),
         _floats(bias),

@@ -49,6 +49,7 @@ SHAPES: dict[str, Shape] = {
     "given_rows": Shape((3, 5), 30, 21, scale="given_row", zero_point="int8"),
     "codes": Shape(9, 68, 66, "int8", "tensor"),
     "codes_uint8": Shape((2, 6), 35, 31, "uint8", "tensor", "uint8"),
+    "codes_uint8_as_they_are": Shape(15, 64, 49, "uint8", "tensor", "uint8"),  # packed already, for VNNI
     "to_codes": Shape(10, 45, 75, scale="tensor", activation="relu", out="int8"),
     "codes_to_codes": Shape(14, 63, 90, "uint8", "tensor", "uint8", out="uint8"),
     "tall": Shape(205, 130, 20),

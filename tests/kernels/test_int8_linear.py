@@ -197,6 +197,22 @@ def test_approximates_the_float_layer(backend: str) -> None:
     assert float((static - exact).norm() / exact.norm()) < 0.02
 
 
+@needs_extension
+@pytest.mark.parametrize("scale", ["static", "row", "chosen"])
+@pytest.mark.parametrize(("rows", "depth"), [(1, 5), (37, 16), (16, 67), (50, 130)])
+def test_rows_that_lie_side_by_side_give_the_same_bits(rows: int, depth: int, scale: str) -> None:
+    x = image((3, depth, rows), 1).transpose(1, 2)
+    x[1, 0, 2] = float("nan")
+    weight, weight_scale = make_inputs(Shape(1, depth, 20))["weight_int8"], torch.rand(20) + 0.1
+    x_scale = {"static": 0.02, "row": torch.rand(3, rows) * 0.02 + 0.01, "chosen": None}[scale]
+    with use_backend("cpu"):
+        expected = int8_linear(x.contiguous(), weight, weight_scale, x_scale=x_scale)
+        padded = nn.functional.pad(x.transpose(1, 2), (0, 3))[..., :-3].transpose(1, 2)
+        for turned in (x, padded):
+            out = int8_linear(turned, weight, weight_scale, x_scale=x_scale)
+            assert torch.equal(out.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_inputs(backend: str) -> None:
     inputs = make_inputs(SHAPES["three_axes"])
@@ -210,6 +226,9 @@ def test_non_contiguous_inputs(backend: str) -> None:
         expected = int8_linear(**inputs)
         assert torch.equal(int8_linear(**strided), expected)
         assert torch.equal(int8_linear(**inputs | {"x": padded}), expected)
+        codes = make_inputs(SHAPES["codes_uint8_as_they_are"])
+        apart = nn.functional.pad(codes["x"], (0, 3))[:, :-3]
+        assert torch.equal(int8_linear(**codes | {"x": apart}), int8_linear(**codes))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -434,6 +453,10 @@ for shape in SHAPES.values():
         for changes in ({}, {"activation": "gelu"}):
             out = int8_linear(**make_inputs(shape, dtype) | changes)
             digest.update(out.contiguous().view(torch.uint8).numpy().tobytes())
+for scale in (0.02, None):
+    side_by_side = torch.randn(3, 67, 37, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    weight = {k: v for k, v in make_inputs(SHAPES["odd"]).items() if k.startswith("weight")}
+    digest.update(int8_linear(side_by_side, **weight, x_scale=scale).numpy().tobytes())
 print(native.cpu_isa(), native.cpu_vnni(), digest.hexdigest())
 """
 
