@@ -236,14 +236,17 @@ def products(threads: int, seconds: float) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Return the results as Markdown, a row a model: speed, coverage and logit error of each file."""
+    """Return the results as Markdown, a row a model.
+
+    Of each file: speed, what share that is of the ratio of the two products, coverage and logit error.
+    """
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for row in record["results"]:
         rows.setdefault(row["model"], {})[row["file"]] = row
     kinds = [kind for kind in next(iter(rows.values())) if kind != "float"]
     lines = [
-        f"| model | float ms | {' | '.join(kinds)} |",
-        f"| --- | ---: | {' | '.join('---:' for _ in kinds)} |",
+        f"| model | float ms | product | {' | '.join(kinds)} |",
+        f"| --- | ---: | ---: | {' | '.join('---:' for _ in kinds)} |",
     ]
     for model, found in rows.items():
         cells = []
@@ -252,18 +255,28 @@ def table(record: dict[str, Any]) -> str:
             cells.append(
                 "failed"
                 if "failed" in row
-                else f"{row['speed']:.2f}x, {row['coverage']:.2f}, {row['logit_error']:.1%}"
+                else f"{row['speed']:.2f}x ({row['speed'] / row['product_ratio']:.0%}), "
+                f"{row['coverage']:.2f}, {row['logit_error']:.1%}"
             )
-        lines.append(f"| {model} | {found['float']['median_ms']:.1f} | {' | '.join(cells)} |")
+        start = f"| {model} | {found['float']['median_ms']:.1f} | {found['float']['product_ratio']:.2f}x"
+        lines.append(f"{start} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def write_results(path: Path, results: list[dict[str, Any]], keys: tuple[str, ...], **facts: Any) -> None:
-    """Write rows in the place of those of the file that have the same keys, below facts of this run."""
+def write_results(
+    path: Path, results: list[dict[str, Any]], keys: tuple[str, ...], machine: dict[str, Any], **facts: Any
+) -> None:
+    """Write rows in the place of those of the file that have the same keys, below the machine and facts of this run.
+
+    Rows that stay are of another run: each says the commit, time and load of its own.
+    """
     before = json.loads(path.read_text())["results"] if path.exists() else []
     new = {tuple(row[key] for key in keys) for row in results}
     kept = [row for row in before if tuple(row[key] for key in keys) not in new]
-    write_text(path, json.dumps({**facts, "results": [*kept, *results]}, indent=1) + "\n")
+    own = {key: machine[key] for key in ("commit", "time", "load")}
+    stamped = [row | own for row in results]
+    record = {"machine": machine, **facts, "results": [*kept, *stamped]}
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
