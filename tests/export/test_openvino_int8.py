@@ -8,8 +8,10 @@ import pytest
 import timm
 import torch
 
+import vitzoo
 from vitzoo.benchmark.machine import this_machine
 from vitzoo.deploy import openvino_coverage
+from vitzoo.export.check import open_session, run_session
 from vitzoo.export.openvino import convert_onnx, open_openvino
 from vitzoo.export.quantized import write_quantized
 from vitzoo.quantization.api import quantize
@@ -65,4 +67,26 @@ def test_attention_runs_in_integers_and_is_the_simulation(tmp_path: Path) -> Non
     assert 1e-3 < cost < 0.1
     # fused attention rounds otherwise: a code that falls on a tie changes what follows it
     assert relative_difference(out, expected) < cost
+    assert openvino_coverage(tmp_path / "int8.xml", x[:1]).floating == {}
+
+
+@pytest.mark.skipif(
+    this_machine() != "x86-vnni", reason="OpenVINO has no integer products of activations here"
+)
+def test_layers_behind_a_concatenation_run_in_integers(tmp_path: Path) -> None:
+    # class token and patches: OpenVINO moves the quantizer to both, and then took no zero point
+    model = vitzoo.create_model(
+        "cvt_13", img_size=32, embed_dims=(32, 64, 128), depths=(1, 1, 2), num_heads=(1, 2, 4), num_classes=10
+    ).eval()
+    x = image((2, 3, 32, 32), 0)
+    quantized = quantize(model, load_recipe("w8a8_openvino"), [x])
+    write_quantized(quantized, tmp_path / "int8.onnx", model, "x86-vnni")
+    convert_onnx(tmp_path / "int8.onnx", tmp_path / "int8.xml")
+    with torch.no_grad():
+        exact, expected = model(x), quantized(x)
+    (out,) = open_openvino(tmp_path / "int8.xml", threads=1)(x)
+    (other,) = run_session(open_session(tmp_path / "int8.onnx", threads=1), x)
+    cost = relative_difference(expected, exact)
+    assert 1e-3 < cost < 0.1
+    assert relative_difference(out, other) < 0.1 * cost
     assert openvino_coverage(tmp_path / "int8.xml", x[:1]).floating == {}

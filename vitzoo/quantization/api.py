@@ -21,6 +21,7 @@ from vitzoo.quantization.graph import (
     Recorder,
     Site,
     capture,
+    concatenated,
     find_sites,
     get_tensor,
     norm_groups,
@@ -437,7 +438,7 @@ class _Quantization:
             of_operands: tuple[Quantizer, ...] = tuple(
                 dynamic_placeholder(bits)
                 if site.name in dynamic
-                else fit(node, which, bits, site.kind == "product")
+                else fit(node, which, bits, self._is_centred(site, node))
                 for node, which in pairs
             )
             weight = self._weight(site, self.bits[site.name]) if site.weight else None
@@ -448,6 +449,16 @@ class _Quantization:
     def _writes_codes(self, site: Site) -> bool:
         """Return whether a site's output is quantized too."""
         return site.kind == "conv" and self.recipe.runs_as_integers and self.recipe.conv_codes
+
+    def _is_centred(self, site: Site, operand: str) -> bool:
+        """Return whether an operand's range lies about zero, as OpenVINO needs it.
+
+        It has no products of two operands with zero points, and moves a quantizer behind a concatenation to each of its
+        inputs, after which its product with a weight fails where there is one.
+        """
+        if site.kind == "product":
+            return True
+        return self.recipe.products and site.kind == "linear" and concatenated(self.nodes[operand])
 
     def _is_dynamic(self, site: Site) -> bool:
         return self.recipe.activations == "dynamic" and site.kind != "conv"

@@ -199,6 +199,11 @@ def source(node: Any) -> Any:
     return node
 
 
+def concatenated(node: Any) -> bool:
+    """Return whether an activation is several others side by side, as class token and patches are."""
+    return source(node).target is aten.cat.default
+
+
 def origin(node: Any) -> str:
     """Return what an activation comes from: "norm", "softmax", "gelu" or ""."""
     return _ORIGINS.get(source(node).target, "")

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, fx
 
 from vitzoo.kernels.bidirectional_selective_scan import bidirectional_selective_scan
-from vitzoo.quantization.graph import REARRANGES, SCAN, Site, convolution_arguments, get_tensor, tidy
+from vitzoo.quantization.graph import (
+    REARRANGES,
+    SCAN,
+    Site,
+    concatenated,
+    convolution_arguments,
+    get_tensor,
+    tidy,
+)
 from vitzoo.quantization.model import QuantizedModel
 from vitzoo.quantization.quantizers import Quantizer, Uniform
 from vitzoo.quantization.simulate import SitePlan, dynamic_range
@@ -166,14 +174,14 @@ class _Builder:
         while source.op == "call_function" and source.target in REARRANGES:
             moves.append(source)
             source = source.args[0]  # type: ignore[assignment]
-        if not of_product and source not in self.products:
-            return self._quantized(x, quantizer)
         centred = (
-            of_product
+            (of_product or (self.quantized.recipe.products and concatenated(x)))
             and not self.unsigned
             and isinstance(quantizer, Uniform)
             and int(quantizer.zero_point) == 128
         )
+        if not of_product and source not in self.products:
+            return self._quantized(x, quantizer, signed=centred)
         found = self._quantized(source, quantizer, signed=centred)
         for move in reversed(moves):
             with self.graph.inserting_before(move):
