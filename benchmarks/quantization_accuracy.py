@@ -43,7 +43,19 @@ from vitzoo.quantization.api import quantize
 from vitzoo.quantization.config import Recipe, load_recipe
 
 TEST_IMAGES, CALIBRATION_IMAGES = 797, 64
-RECIPES = ("w8a8", "w8a8_dynamic", "w8a8_smooth", "w8a8_reparam", "fq", "twin", "w6a6", "w4a4", "lrp_mixed")
+RECIPES = (
+    "w8a8",
+    "w8a8_accurate",
+    "w8a8_openvino",
+    "w8a8_dynamic",
+    "w8a8_smooth",
+    "w8a8_reparam",
+    "fq",
+    "twin",
+    "w6a6",
+    "w4a4",
+    "lrp_mixed",
+)
 W8A8_POINTS, W4A4_GAIN, W4A4_LOSS = 0.5, 5.0, 2.0
 
 
@@ -250,7 +262,16 @@ def measure_lite0() -> dict[str, Any]:
         "float": {name: labels[int(logits.argmax())] for name, logits in sorted(named.items())},
         "recipes": {},
     }
-    for label in ("w8a8", "w8a8_dynamic", "minmax_8", "w6a6", "minmax_6", "w4a4", "minmax_4"):
+    for label in (
+        "w8a8",
+        "w8a8_accurate",
+        "w8a8_dynamic",
+        "minmax_8",
+        "w6a6",
+        "minmax_6",
+        "w4a4",
+        "minmax_4",
+    ):
         results = [quantized_by(model, recipes()[label], halves[1 - i].split(8), halves[i]) for i in (0, 1)]
         kinds = {"simulation": [r[1] for r in results], "file": [r[2] for r in results]}
         row = {
