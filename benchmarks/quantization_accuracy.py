@@ -43,19 +43,7 @@ from vitzoo.quantization.api import quantize
 from vitzoo.quantization.config import Recipe, load_recipe
 
 TEST_IMAGES, CALIBRATION_IMAGES = 797, 64
-RECIPES = (
-    "w8a8",
-    "w8a8_accurate",
-    "w8a8_openvino",
-    "w8a8_dynamic",
-    "w8a8_smooth",
-    "w8a8_reparam",
-    "fq",
-    "twin",
-    "w6a6",
-    "w4a4",
-    "lrp_mixed",
-)
+RECIPES = ("w8a8", "w8a8_dynamic", "w8a8_smooth", "w8a8_reparam", "fq", "twin", "w6a6", "w4a4", "lrp_mixed")
 W8A8_POINTS, W4A4_GAIN, W4A4_LOSS = 0.5, 5.0, 2.0
 
 
