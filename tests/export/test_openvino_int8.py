@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -73,13 +74,15 @@ def test_attention_runs_in_integers_and_is_the_simulation(tmp_path: Path) -> Non
 @pytest.mark.skipif(
     this_machine() != "x86-vnni", reason="OpenVINO has no integer products of activations here"
 )
-def test_layers_behind_a_concatenation_run_in_integers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("products", [True, False])
+def test_layers_behind_a_concatenation_run_in_integers(tmp_path: Path, products: bool) -> None:
     # class token and patches: OpenVINO moves the quantizer to both, and then took no zero point
     model = vitzoo.create_model(
         "cvt_13", img_size=32, embed_dims=(32, 64, 128), depths=(1, 1, 2), num_heads=(1, 2, 4), num_classes=10
     ).eval()
     x = image((2, 3, 32, 32), 0)
-    quantized = quantize(model, load_recipe("w8a8_openvino"), [x])
+    recipe = dataclasses.replace(load_recipe("w8a8_openvino"), products=products)
+    quantized = quantize(model, recipe, [x])
     write_quantized(quantized, tmp_path / "int8.onnx", model, "x86-vnni")
     convert_onnx(tmp_path / "int8.onnx", tmp_path / "int8.xml")
     with torch.no_grad():
@@ -89,4 +92,4 @@ def test_layers_behind_a_concatenation_run_in_integers(tmp_path: Path) -> None:
     cost = relative_difference(expected, exact)
     assert 1e-3 < cost < 0.1
     assert relative_difference(out, other) < 0.1 * cost
-    assert openvino_coverage(tmp_path / "int8.xml", x[:1]).floating == {}
+    assert (openvino_coverage(tmp_path / "int8.xml", x[:1]).floating == {}) == products

@@ -175,7 +175,7 @@ class _Builder:
             moves.append(source)
             source = source.args[0]  # type: ignore[assignment]
         centred = (
-            (of_product or (self.quantized.recipe.products and concatenated(x)))
+            (of_product or (self.quantized.recipe.for_openvino and concatenated(x)))
             and not self.unsigned
             and isinstance(quantizer, Uniform)
             and int(quantizer.zero_point) == 128
