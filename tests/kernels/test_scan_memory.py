@@ -71,7 +71,7 @@ def _taken(work: Callable[[], Any], bound: float) -> float:
     A system that moves pages out and in meanwhile only adds to that: above the bound the least of several tries counts.
     """
     least = math.inf
-    for _ in range(5):
+    for _ in range(20):
         least = min(least, _taken_once(work))
         if least < bound:
             break
