@@ -71,7 +71,7 @@ def _taken(work: Callable[[], Any], bound: float) -> float:
     A system that moves pages out and in meanwhile only adds to that: above the bound the least of several tries counts.
     """
     least = math.inf
-    for _ in range(20):
+    for _ in range(5):
         least = min(least, _taken_once(work))
         if least < bound:
             break
@@ -132,8 +132,7 @@ def main() -> None:
     print(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
+def _in_a_process() -> dict[str, Any]:
     paths = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__],
@@ -145,6 +144,19 @@ def measured() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if "unknown" in found:
         pytest.skip(found["unknown"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    found = _in_a_process()
+    passes = [(case, dtype, kind) for case in CASES for dtype in DTYPES for kind in ("forward", "backward")]
+    for _ in range(2):  # what a process's heap looks like lasts as long as it does
+        if all(found[c][d][kind] < found[c][d][f"{kind}_bound"] for c, d, kind in passes):
+            break
+        other = _in_a_process()
+        for c, d, kind in passes:
+            found[c][d][kind] = min(found[c][d][kind], other[c][d][kind])
     return found
 
 
