@@ -250,6 +250,7 @@ def measure_lite0() -> dict[str, Any]:
         "float": {name: labels[int(logits.argmax())] for name, logits in sorted(named.items())},
         "recipes": {},
     }
+    candidates = {"w8a8_accurate": load_recipe("w8a8_accurate"), **recipes()}
     for label in (
         "w8a8",
         "w8a8_accurate",
@@ -260,7 +261,8 @@ def measure_lite0() -> dict[str, Any]:
         "w4a4",
         "minmax_4",
     ):
-        results = [quantized_by(model, recipes()[label], halves[1 - i].split(8), halves[i]) for i in (0, 1)]
+        recipe = candidates[label]
+        results = [quantized_by(model, recipe, halves[1 - i].split(8), halves[i]) for i in (0, 1)]
         kinds = {"simulation": [r[1] for r in results], "file": [r[2] for r in results]}
         row = {
             kind: _agreement(torch.cat(logits), torch.cat(exact))

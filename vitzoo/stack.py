@@ -16,8 +16,8 @@ def with_room(function: _F) -> _F:
     CPython 3.11 and later keep frames in blocks of 16 KB. A call that the present block has no room for maps a new
     one and unmaps it on return, which stops every core that runs a thread of the process. If the calls of a loop, or
     those of a model's forward pass, lie across the end of a block, each of them pays that price: the integer form of
-    Vim-Ti took a fifth longer with two threads, below one depth of the caller's stack and not below another. A frame
-    that asks for a large evaluation stack takes a large block, once a call.
+    Vim-Ti was slower below one depth of the caller's stack than below another. A frame that asks for a large evaluation
+    stack takes a large block, once a call.
 
     Args:
         function: written in Python; it is changed in place and returned, so that this is a decorator too.

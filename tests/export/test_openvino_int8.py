@@ -32,6 +32,19 @@ def _model() -> torch.nn.Module:
     return model
 
 
+def _in_openvino(
+    model: torch.nn.Module, recipe: Recipe, x: torch.Tensor, folder: Path
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the logits of the model, of its simulation, and of `int8.xml`, which is written for VNNI."""
+    quantized = quantize(model, recipe, [x])
+    write_quantized(quantized, folder / "int8.onnx", model, "x86-vnni")
+    convert_onnx(folder / "int8.onnx", folder / "int8.xml")
+    with torch.no_grad():
+        exact, expected = model(x), quantized(x)
+    (out,) = open_openvino(folder / "int8.xml", threads=1)(x)
+    return exact, expected, out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
 def test_an_integer_patch_embedding_is_the_simulation(tmp_path: Path, suffix: str) -> None:
@@ -57,12 +70,7 @@ def test_an_integer_patch_embedding_is_the_simulation(tmp_path: Path, suffix: st
 )
 def test_attention_runs_in_integers_and_is_the_simulation(tmp_path: Path) -> None:
     model, x = _model(), image((2, 3, 64, 64), 0)
-    quantized = quantize(model, load_recipe("w8a8_openvino"), [x])
-    write_quantized(quantized, tmp_path / "int8.onnx", model, "x86-vnni")
-    convert_onnx(tmp_path / "int8.onnx", tmp_path / "int8.xml")
-    with torch.no_grad():
-        exact, expected = model(x), quantized(x)
-    (out,) = open_openvino(tmp_path / "int8.xml", threads=1)(x)
+    exact, expected, out = _in_openvino(model, load_recipe("w8a8_openvino"), x, tmp_path)
     cost = relative_difference(expected, exact)
     assert 1e-3 < cost < 0.1
     # fused attention rounds otherwise: a code that falls on a tie changes what follows it
@@ -82,12 +90,7 @@ def test_layers_behind_a_concatenation_run_in_integers(tmp_path: Path, products:
     ).eval()
     x = image((2, 3, 32, 32), 0)
     recipe = dataclasses.replace(load_recipe("w8a8_openvino"), products=products)
-    quantized = quantize(model, recipe, [x])
-    write_quantized(quantized, tmp_path / "int8.onnx", model, "x86-vnni")
-    convert_onnx(tmp_path / "int8.onnx", tmp_path / "int8.xml")
-    with torch.no_grad():
-        exact, expected = model(x), quantized(x)
-    (out,) = open_openvino(tmp_path / "int8.xml", threads=1)(x)
+    exact, expected, out = _in_openvino(model, recipe, x, tmp_path)
     cost = relative_difference(expected, exact)
     assert 1e-3 < cost < 0.1
     # codes on a tie round either way, and two blocks of random weights make much of each
