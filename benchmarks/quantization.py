@@ -238,7 +238,8 @@ def products(threads: int, seconds: float) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """Return the results as Markdown, a row a model.
 
-    Of each file: speed, what share that is of the ratio of the two products, coverage and logit error.
+    Of each file: speed, what share that is of the ratio of the two products, coverage and logit error; a dot for a
+    file that was not made.
     """
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for row in record["results"]:
@@ -251,10 +252,12 @@ def table(record: dict[str, Any]) -> str:
     for model, found in rows.items():
         cells = []
         for kind in kinds:
-            row = found[kind]
+            row = found.get(kind, {})
             cells.append(
                 "failed"
                 if "failed" in row
+                else "."
+                if "speed" not in row
                 else f"{row['speed']:.2f}x ({row['speed'] / row['product_ratio']:.0%}), "
                 f"{row['coverage']:.2f}, {row['logit_error']:.1%}"
             )

@@ -43,7 +43,19 @@ from vitzoo.quantization.api import quantize
 from vitzoo.quantization.config import Recipe, load_recipe
 
 TEST_IMAGES, CALIBRATION_IMAGES = 797, 64
-RECIPES = ("w8a8", "w8a8_dynamic", "w8a8_smooth", "w8a8_reparam", "fq", "twin", "w6a6", "w4a4", "lrp_mixed")
+RECIPES = (
+    "w8a8",
+    "w8a8_accurate",
+    "w8a8_openvino",
+    "w8a8_dynamic",
+    "w8a8_smooth",
+    "w8a8_reparam",
+    "fq",
+    "twin",
+    "w6a6",
+    "w4a4",
+    "lrp_mixed",
+)
 W8A8_POINTS, W4A4_GAIN, W4A4_LOSS = 0.5, 5.0, 2.0
 
 
@@ -250,7 +262,7 @@ def measure_lite0() -> dict[str, Any]:
         "float": {name: labels[int(logits.argmax())] for name, logits in sorted(named.items())},
         "recipes": {},
     }
-    candidates = {"w8a8_accurate": load_recipe("w8a8_accurate"), **recipes()}
+    candidates = recipes()
     for label in (
         "w8a8",
         "w8a8_accurate",
