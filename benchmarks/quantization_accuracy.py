@@ -321,8 +321,8 @@ def tables(results: dict[str, Any]) -> str:
     lines = [_line(["top-1, per cent", *families]), _line(["---"] * (1 + len(families)))]
     lines.append(_line(["float32", *(f"{networks[name]['float_top1']:.1f}" for name in families)]))
     for label in recipes():
-        rows = [networks[name]["recipes"][label] for name in families]
-        lines.append(_line([f"`{label}`", *(f"{row.get('file_top1', row['top1']):.1f}" for row in rows)]))
+        rows = [networks[name]["recipes"].get(label) for name in families]
+        lines.append(_line([f"`{label}`", *(_shown(row) for row in rows)]))
     if NETWORK in networks:
         keys = {
             "logit_error": "relative logit error",
@@ -336,6 +336,11 @@ def tables(results: dict[str, Any]) -> str:
             found["logit_error"] *= 100
             lines.append(_line([f"`{label}`", *(f"{found[key]:.1f}" for key in keys)]))
     return "\n".join(lines)
+
+
+def _shown(row: dict[str, float] | None) -> str:
+    """Return the accuracy of a row, or a dot where an older file has none of this recipe."""
+    return "." if row is None else f"{row.get('file_top1', row['top1']):.1f}"
 
 
 def _line(cells: Sequence[str]) -> str:
