@@ -458,7 +458,7 @@ class _Quantization:
         """
         if site.kind == "product":
             return True
-        return self.recipe.for_openvino and site.kind == "linear" and concatenated(self.nodes[operand])
+        return self.recipe.runs_as_integers and site.kind == "linear" and concatenated(self.nodes[operand])
 
     def _is_dynamic(self, site: Site) -> bool:
         return self.recipe.activations == "dynamic" and site.kind != "conv"

@@ -123,11 +123,6 @@ class Recipe:
         widths = {self.weight_bits, self.activation_bits, self.first_last_bits, *self.mixed_bits}
         return uniform and widths == {8}
 
-    @property
-    def for_openvino(self) -> bool:
-        """Return whether a field asks for what OpenVINO's kernels run in integers and ONNX Runtime's do not."""
-        return self.products or not self.conv_codes
-
     def require_integers(self) -> None:
         """Raise ValueError unless runtimes and integer kernels execute it."""
         if not self.runs_as_integers:

@@ -174,8 +174,8 @@ class _Builder:
         while source.op == "call_function" and source.target in REARRANGES:
             moves.append(source)
             source = source.args[0]  # type: ignore[assignment]
-        centred = (
-            (of_product or (self.quantized.recipe.for_openvino and concatenated(x)))
+        centred = (  # only of signed codes is the zero point zero, where OpenVINO bears no other
+            (of_product or concatenated(x))
             and not self.unsigned
             and isinstance(quantizer, Uniform)
             and int(quantizer.zero_point) == 128
