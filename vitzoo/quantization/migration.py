@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from vitzoo.quantization import calibration
+from vitzoo.quantization.captured import Captured, Samples
 from vitzoo.quantization.graph import (
+    NormGroup,
     Recorder,
     Site,
     convolution_arguments,
@@ -23,7 +25,9 @@ from vitzoo.quantization.graph import (
     norm_groups,
     set_tensor,
 )
-from vitzoo.quantization.transforms import smoothing_scales
+from vitzoo.quantization.quantizers import Uniform
+from vitzoo.quantization.simulate import add_to_bias
+from vitzoo.quantization.transforms import reparameterized, smoothing_scales
 
 ALPHAS = (0.25, 0.5, 0.75)
 # a migration is taken if it leaves at most this share of the squared error
@@ -174,3 +178,53 @@ def _error(seen: Tensor, columns: Sequence[Tensor], rows: Sequence[Tensor], bits
         lost = (noise * weight.square().sum(0)).sum() + (power * (rounded - weight).square().sum(0)).sum()
         total += float(lost / signal.clamp_min(torch.finfo(signal.dtype).tiny))
     return total
+
+
+def move_scales(captured: Captured) -> dict[str, Uniform]:
+    """Move scales out of the activations as the recipe says; return the quantizers this fixes, by norm node."""
+    if captured.recipe.smooth == "auto":
+        captured.tell("move scales out of the activations where it helps")
+        bits = 7 if captured.recipe.reduce_range else captured.recipe.weight_bits
+        captured.alphas |= migrate(captured.module, captured.sites, captured.batches, bits)
+    groups = norm_groups(captured.module, captured.sites)
+    if not groups or (captured.recipe.smooth is None and captured.recipe.norm != "channel"):
+        return {}
+    captured.tell("move scales out of the activations")
+    if captured.recipe.smooth is not None and captured.recipe.smooth != "auto":
+        seen = captured.record([group.norm for group in groups])
+        for group in groups:
+            _smooth(captured, group, seen[group.norm])
+    if captured.recipe.norm != "channel":
+        return {}
+    seen = captured.record([group.norm for group in groups])
+    return {group.norm: _reparameterize(captured, group, seen[group.norm].values) for group in groups}
+
+
+def _readers(captured: Captured, group: NormGroup) -> list[tuple[Site, Tensor]]:
+    sites = [captured.by_name[name] for name in group.readers]
+    return [(site, captured.weight(site)) for site in sites]
+
+
+def _smooth(captured: Captured, group: NormGroup, seen: Samples) -> None:
+    assert seen.channel_max is not None
+    assert isinstance(captured.recipe.smooth, float | int)
+    readers = _readers(captured, group)
+    scales = smoothing_scales(seen.channel_max, [weight for _, weight in readers], captured.recipe.smooth)
+    for name in (group.weight, group.bias):
+        set_tensor(captured.module, name, get_tensor(captured.module, name) / scales)
+    for site, weight in readers:
+        set_tensor(captured.module, str(site.weight), weight * scales)
+        captured.alphas[site.name] = captured.recipe.smooth
+
+
+def _reparameterize(captured: Captured, group: NormGroup, values: Tensor) -> Uniform:
+    channels = calibration.fit_percentile(values, captured.recipe.activation_bits, 1)
+    weight, bias = get_tensor(captured.module, group.weight), get_tensor(captured.module, group.bias)
+    moved = reparameterized(weight, bias, channels, round_zero_point=True)
+    set_tensor(captured.module, group.weight, moved.norm_weight)
+    set_tensor(captured.module, group.bias, moved.norm_bias)
+    for site, matrix in _readers(captured, group):
+        set_tensor(captured.module, str(site.weight), matrix * moved.ratio)
+        add_to_bias(captured.module, captured.nodes[site.node], site, (matrix * moved.ratio) @ moved.shift)
+    captured.module.recompile()
+    return moved.quantizer

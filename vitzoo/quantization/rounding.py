@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from vitzoo.quantization.captured import Captured
 from vitzoo.quantization.graph import Site, convolution_arguments, get_tensor
 from vitzoo.quantization.quantizers import Uniform
 from vitzoo.quantization.simulate import Simulator, SitePlan, quantize_operand
@@ -24,6 +25,7 @@ BLOCK = 128
 # images whose inputs the products are summed over, and rows taken of each image at most
 IMAGES = 16
 ROWS = 1024
+MEAN_IMAGES = 32
 
 
 def round_least_squares(weight: Tensor, quantizer: Uniform, products: Tensor) -> Tensor:
@@ -220,3 +222,45 @@ def mean_losses(
         site: {name: (total / runner.counts[site]).float() for name, total in found.items()}
         for site, found in runner.sums.items()
     }
+
+
+def improved(captured: Captured, options: dict[str, dict[str, SitePlan]]) -> dict[str, dict[str, SitePlan]]:
+    """Round weights and correct biases as the recipe says: site -> name of an option -> plan, as it was given."""
+    if captured.recipe.rounding == "least_squares":
+        captured.tell("round weights by least squares")
+        options = _rounded(captured, options)
+    if captured.recipe.bias_correction:
+        captured.tell("correct biases")
+        weighted = {
+            name: found for name, found in options.items() if captured.by_name[name].weight is not None
+        }
+        losses = mean_losses(captured.module, captured.sites, weighted, captured.first(MEAN_IMAGES))
+        options = {
+            name: {
+                mode: dataclasses.replace(plan, bias=losses[name][mode]) if name in losses else plan
+                for mode, plan in found.items()
+            }
+            for name, found in options.items()
+        }
+    return options
+
+
+def _rounded(captured: Captured, options: dict[str, dict[str, SitePlan]]) -> dict[str, dict[str, SitePlan]]:
+    first = {name: next(iter(found.values())) for name, found in options.items()}
+    products = input_products(captured.module, captured.sites, first, captured.batches)
+    rounded: dict[str, dict[str, SitePlan]] = {}
+    for name, found in options.items():
+        if name not in products:
+            rounded[name] = found
+            continue
+        values: dict[int, Tensor] = {}  # by the width of the weight, which modes share
+        for plan in found.values():
+            assert plan.weight is not None
+            if plan.weight.qmax not in values:
+                weight = captured.weight(captured.by_name[name])
+                values[plan.weight.qmax] = round_weight(weight, plan.weight, products[name])
+        rounded[name] = {
+            mode: dataclasses.replace(plan, rounded=values[plan.weight.qmax])  # type: ignore[union-attr]
+            for mode, plan in found.items()
+        }
+    return rounded
