@@ -171,6 +171,15 @@ def _weight_types(path: Path) -> set[str]:
     return {str(t.dtype) for t in tensors if t.ndim > 1 and t.dtype.itemsize == 1}
 
 
+def _zero_points(path: Path) -> list[Any]:
+    """Return the zero points of every QuantizeLinear and DequantizeLinear of a file."""
+    import onnx
+
+    graph = onnx.load(str(path)).graph
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    return [constants[n.input[2]] for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+
+
 def test_coverage_counts_the_products_of_the_optimized_graph(model: nn.Module, tmp_path: Path) -> None:
     import vitzoo
 
@@ -302,6 +311,55 @@ def test_a_target_that_saturates_gets_seven_bits() -> None:
     assert for_target(recipe, "x86-avx2") == dataclasses.replace(recipe, reduce_range=True)
     with pytest.raises(ValueError, match="target is 'x86'"):
         for_target(recipe, "x86")
+
+
+def test_a_file_for_tensorrt_is_symmetric_and_the_simulation(model: nn.Module, tmp_path: Path) -> None:
+    recipe = for_target(load_recipe("w8a8_accurate"), "tensorrt")
+    assert (recipe.symmetric, recipe.conv_codes) == (True, False)
+    quantized = quantize(model, recipe, BATCHES)
+    path = tmp_path / "m.onnx"
+    gate = export_quantized(model, quantized, path, HELD_BACK, "tensorrt", Thresholds(coverage=0.8))
+    assert (gate.speed, gate.float_ms, gate.int8_ms) == (None, None, None)
+    assert gate.coverage == quantized.quantized_macs > 0.83  # attention's two products are left
+    assert 1e-4 < gate.logit_error < 0.05
+    # on equal inputs both round alike: no kernel of integers takes part
+    assert gate.simulation_error < 1e-3 * gate.logit_error
+    zeros = _zero_points(path)
+    assert {str(z.dtype) for z in zeros} == {"int8"}  # of activations and weights; biases are floats
+    assert not any(z.any() for z in zeros)
+    products = [site for site in quantized.sites if site.kind != "product"]
+    assert len(zeros) == 3 * len(products)
+    with pytest.raises(ValueError, match=r"TensorRT reads ONNX files: name it m\.onnx, not m\.pt2"):
+        export_quantized(model, quantized, tmp_path / "m.pt2", HELD_BACK, "tensorrt")
+
+
+@pytest.mark.parametrize("name", ["w8a8_dynamic", "w8a8_reparam"])
+def test_recipes_with_zero_points_are_refused_for_tensorrt(
+    model: nn.Module, made: dict[str, QuantizedModel], tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"TensorRT cannot run recipe '{name}'"):
+        for_target(load_recipe(name), "tensorrt")
+    with pytest.raises(ValueError, match="has zero points, which TensorRT refuses"):
+        write_quantized(made["static"], tmp_path / "m.onnx", model, "tensorrt")
+    with pytest.raises(ValueError, match="is symmetric, expected activations 'static'"):
+        Recipe("r", symmetric=True)
+    assert for_target(load_recipe("w4a4"), "tensorrt") == load_recipe("w4a4")  # simulated for everyone
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_for_arm_has_signed_codes_of_the_same_values(
+    model: nn.Module, made: dict[str, QuantizedModel], tmp_path: Path
+) -> None:
+    outputs = []
+    for target in ("x86-avx2", "arm"):
+        write_quantized(made["reduced"], tmp_path / f"{target}.onnx", model, target)
+        session = open_session(tmp_path / f"{target}.onnx", as_written=True)
+        outputs.append(run_session(session, HELD_BACK)[0])
+    assert torch.equal(*outputs)
+    x86, arm = (_zero_points(tmp_path / f"{target}.onnx") for target in ("x86-avx2", "arm"))
+    assert [str(z.dtype).removeprefix("u") for z in x86] == [str(z.dtype) for z in arm]
+    assert "uint8" in {str(z.dtype) for z in x86}
+    assert onnxruntime_coverage(tmp_path / "arm.onnx", HELD_BACK[:1]).share > 0.83
 
 
 def test_an_int8_file_to_measure_has_signed_weights_on_every_target(model: nn.Module, tmp_path: Path) -> None:

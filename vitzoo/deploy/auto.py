@@ -45,9 +45,9 @@ def quantize(
         filter_fn: which sites may be quantized; default all.
         progress: called with a few words at the start of each step.
         measure_layers: measure the logit error of each layer alone also where no error budget asks.
-        target: who will run it, see `vitzoo.export.quantized.TARGETS`; this machine if None. It matters to "auto" only:
-            with "x86-avx2" weights have seven bits, or all of uint8 where the budget asks for that; "tensorrt" has no
-            dynamic scales.
+        target: who will run it, see `vitzoo.export.quantized.TARGETS`; this machine if None. With "x86-avx2" weights of
+            "auto" have seven bits, or all of uint8 where the budget asks for that; for "tensorrt" every recipe is
+            symmetric and "auto" static, see `vitzoo.export.quantized.for_target`.
         threads: threads to time layers with, PyTorch's number if None.
 
     Returns:
@@ -55,22 +55,19 @@ def quantize(
 
     Raises:
         ImportError: "auto" without the ONNX packages; the message has the line that installs them.
-        ValueError: no images, images of several sizes, an unknown recipe or target, or a recipe that finds nothing to
-            quantize.
+        ValueError: no images, images of several sizes, an unknown recipe or target, a recipe that the target cannot
+            run, or one that finds nothing to quantize.
     """
     goal = target or this_machine()
     check_target(goal)
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    automatic = chosen.activations == "auto"
-    if automatic:
+    if chosen.activations == "auto" or goal == "tensorrt":
         chosen = for_target(chosen, goal)
     slower = U8_ON_AVX2 if goal == "x86-avx2" and this_machine() != goal else 1.0
 
     def clock(
         module: fx.GraphModule, sites: Sequence[Site], x: Tensor, modes: Mapping[str, Sequence[str]]
     ) -> Mapping[str, Mapping[str, float]]:
-        if goal == "tensorrt":
-            modes = {name: [m for m in found if m == "static"] for name, found in modes.items()}
         times = layer_times(module, sites, x, modes, threads)
         return {
             name: {mode: ms * (slower if mode.endswith(" u8") else 1.0) for mode, ms in found.items()}
@@ -78,7 +75,7 @@ def quantize(
         }
 
     batches = list(calibration_batches)
-    if not automatic:
+    if chosen.activations != "auto":
         return api.quantize(model, chosen, batches, filter_fn, progress, measure_layers)
     with tempfile.TemporaryDirectory() as folder:
         floating = Path(folder, "float.onnx")

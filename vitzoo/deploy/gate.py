@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from vitzoo.benchmark.machine import machine, this_machine
-from vitzoo.benchmark.timing import compare
+from vitzoo.benchmark.timing import Timing, compare
 from vitzoo.deploy.formats import NOTES_SUFFIX, Format, belonging, check_notes, format_of, has_whole_range
+from vitzoo.export.check import open_session, run_session
 from vitzoo.export.common import Run, silent
 from vitzoo.export.files import publish, scratch_folder
 from vitzoo.export.notes import hashes, notes, write_notes
@@ -61,11 +62,12 @@ class Gate:
     """What was found when a quantized file was run.
 
     Attributes:
-        coverage: share of multiply-accumulates in integer kernels of the graph that the runtime ran.
+        coverage: share of multiply-accumulates in integer kernels of the graph that the runtime ran; for "tensorrt",
+            which is not run, of those whose factors are quantized.
         floating: largest products left in floating point, name -> share of all multiply-accumulates.
-        speed: images a second relative to the float file, in the same runtime, rounds interleaved.
-        float_ms: median time of a batch of the float file, ms.
-        int8_ms: median time of a batch of the quantized file, ms.
+        speed: images a second relative to the float file, in the same runtime, rounds interleaved; None for "tensorrt".
+        float_ms: median time of a batch of the float file, ms; None for "tensorrt".
+        int8_ms: median time of a batch of the quantized file, ms; None for "tensorrt".
         batch_size: images in that batch.
         threads: threads of the runtime.
         logit_error: norm(int8 - float) / norm(float) of the logits on the held-back images.
@@ -77,9 +79,9 @@ class Gate:
 
     coverage: float
     floating: dict[str, float]
-    speed: float
-    float_ms: float
-    int8_ms: float
+    speed: float | None
+    float_ms: float | None
+    int8_ms: float | None
     batch_size: int
     threads: int
     logit_error: float
@@ -95,7 +97,7 @@ class Gate:
             found.append(
                 f"integer coverage is {self.coverage:.3f}, below {thresholds.coverage} (in float: {left})"
             )
-        if self.speed < thresholds.speed:
+        if self.speed is not None and self.speed < thresholds.speed:
             found.append(f"speed is {self.speed:.3f} of the float file's, below {thresholds.speed}")
         if thresholds.error is not None and self.logit_error > thresholds.error:
             found.append(f"relative logit error is {self.logit_error:.4f}, above {thresholds.error}")
@@ -132,7 +134,8 @@ def export_quantized(
 
     The suffix says the format and with it the runtime of the gate: `.onnx` (ONNX Runtime), `.pt2` (a torch.export
     archive of `convert_int8`, run by PyTorch) or `.xml` (OpenVINO). All files are written under other names and renamed
-    when everything has been checked.
+    when everything has been checked. TensorRT is not run: for that target ONNX Runtime runs the file as it is written
+    to compare logits, coverage is what the file asks for, and there is no speed.
 
     Args:
         model: the float model, on the CPU.
@@ -162,10 +165,14 @@ def export_quantized(
     here = this_machine()
     destination = Path(path)
     kind = format_of(destination)
-    saturates = kind.name != "torch-export" and has_whole_range(quantized)  # our kernels never do
-    if here == "x86-avx2" and target == "x86-vnni" and saturates:
+    if target == "tensorrt" and kind.name != "onnx":
         raise ValueError(
-            f"a file for {target} cannot be checked on this machine, {here}: it saturates sums of full-range u8 x s8 "
+            f"TensorRT reads ONNX files: name it {destination.stem}.onnx, not {destination.name}"
+        )
+    saturates = kind.name != "torch-export" and has_whole_range(quantized)  # our kernels never do
+    if here == "x86-avx2" and target in ("x86-vnni", "arm") and saturates:
+        raise ValueError(
+            f"a file for {target} cannot be checked on this machine, {here}: it saturates sums of full-range 8-bit "
             f"products. Take target {here}, or run this where there is VNNI"
         )
     if len(held_back) == 0:
@@ -184,7 +191,9 @@ def export_quantized(
         baseline = {*folder.iterdir()}
         tell("export the quantized model")
         nodes = kind.write_int8(quantized, written, model, target, opset)
-        gate = _measure(kind, model, quantized, floating, written, held_back, threads, batch_size, tell)
+        gate = _measure(
+            kind, model, quantized, floating, written, held_back, target, threads, batch_size, tell
+        )
         complaints = gate.complaints(thresholds)
         if complaints:
             complaints = [*filter(None, [quantized.why_float]), *complaints]
@@ -208,14 +217,23 @@ def _measure(
     floating: Path,
     written: Path,
     held_back: Tensor,
+    target: str,
     threads: int | None,
     batch_size: int,
     tell: Callable[[str], None],
 ) -> Gate:
-    tell("count what runs in integers")
-    coverage = kind.coverage(written, held_back[:1])
+    runs_here = target != "tensorrt"
     threads = threads or torch.get_num_threads()
-    runs = {"float": kind.open(floating, threads), "int8": kind.open(written, threads)}
+    tell("count what runs in integers")
+    if runs_here:
+        coverage = kind.coverage(written, held_back[:1])
+        share = coverage.share
+        left = {name: macs / coverage.total_macs for name, macs in coverage.floating.items()}
+        run = kind.open(written, threads)
+    else:
+        share, left = quantized.quantized_macs, _unquantized(quantized)
+        run = functools.partial(run_session, open_session(written, threads, as_written=True))
+    runs = {"float": kind.open(floating, threads), "int8": run}
     tell("compare with the float model")
     outputs = {name: _logits(run, held_back) for name, run in runs.items()}
     simulation = kind.simulation(quantized)
@@ -224,20 +242,22 @@ def _measure(
     size = outputs["float"].norm()
     for batch in RUN_BATCHES:
         runs["int8"](held_back[:1].expand(batch, -1, -1, -1))
-    tell("time both files")
-    x = held_back[torch.arange(batch_size) % len(held_back)]
-    times = compare(
-        {name: functools.partial(run, x) for name, run in runs.items()},
-        seconds=SECONDS,
-        images=batch_size,
-        threads=threads,
-    )
+    times: dict[str, Timing] = {}
+    if runs_here:
+        tell("time both files")
+        x = held_back[torch.arange(batch_size) % len(held_back)]
+        times = compare(
+            {name: functools.partial(run, x) for name, run in runs.items()},
+            seconds=SECONDS,
+            images=batch_size,
+            threads=threads,
+        )
     return Gate(
-        coverage=coverage.share,
-        floating={name: macs / coverage.total_macs for name, macs in coverage.floating.items()},
-        speed=times["int8"].ratio_to(times["float"]),
-        float_ms=1e3 * times["float"].median,
-        int8_ms=1e3 * times["int8"].median,
+        coverage=share,
+        floating=left,
+        speed=times["int8"].ratio_to(times["float"]) if times else None,
+        float_ms=1e3 * times["float"].median if times else None,
+        int8_ms=1e3 * times["int8"].median if times else None,
         batch_size=batch_size,
         threads=threads,
         logit_error=float((outputs["int8"] - outputs["float"]).norm() / size),
@@ -245,6 +265,13 @@ def _measure(
         simulation_error=float((outputs["int8"] - simulated).norm() / size),
         images=len(held_back),
     )
+
+
+def _unquantized(quantized: QuantizedModel) -> dict[str, float]:
+    """Return the products without quantized factors, the largest first, as shares of all multiply-accumulates."""
+    total = sum(site.macs for site in quantized.sites)
+    left = {site.name: site.macs / total for site in quantized.sites if site.name not in quantized.plans}
+    return dict(sorted(left.items(), key=lambda item: -item[1]))
 
 
 def _logits(run: Run, images: Tensor, batch: int = 8) -> Tensor:

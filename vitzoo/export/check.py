@@ -21,6 +21,7 @@ def open_session(
     threads: int | None = None,
     optimized: str | Path | None = None,
     profile: str | Path | None = None,
+    as_written: bool = False,
 ) -> Any:
     """Open an ONNX file in ONNX Runtime on the CPU.
 
@@ -29,6 +30,7 @@ def open_session(
         threads: threads inside an operator, PyTorch's number if None.
         optimized: where to write the graph as it will be run.
         profile: beginning of the name of the file for the times of each node; the session's `end_profiling` gives it.
+        as_written: run every node of the file by itself, so that products between Q and DQ nodes are of floats.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -39,6 +41,8 @@ def open_session(
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     if profile is not None:

@@ -23,6 +23,7 @@ from vitzoo.quantization.model import QuantizedModel
 from vitzoo.quantization.qdq import integer_graph
 
 TARGETS = ("x86-vnni", "x86-avx2", "arm", "tensorrt")
+SIGNED = ("arm", "tensorrt")  # these run products of s8 x s8, x86 of u8 x s8
 OPSET = 20
 
 
@@ -35,7 +36,8 @@ def write_quantized(
         quantized: from `quantize`, by a recipe whose `runs_as_integers` is true.
         path: file to write, whole or not at all.
         model: the float model, for the notes in the file.
-        target: who will run it, one of `TARGETS`. For "x86-avx2" weights with codes outside [-64, 63] become uint8.
+        target: who will run it, one of `TARGETS`. For "x86-avx2" weights with codes outside [-64, 63] become uint8; for
+            "arm" and "tensorrt" activations are int8, and for the latter their zero points have to be zero.
         opset: ONNX operator set, 20 to 23.
 
     Returns:
@@ -44,14 +46,18 @@ def write_quantized(
     Raises:
         ImportError: an ONNX package is missing; the message has the line that installs it.
         OSError: the folder does not exist or cannot be written.
-        ValueError: an unknown target, or a recipe that is simulated only.
+        ValueError: an unknown target, a recipe that is simulated only, or one for "tensorrt" that is not symmetric.
         ExportError: the exporter refused the model.
     """
     require_packages(check=False)
     check_target(target)
+    if target == "tensorrt" and quantized.recipe.runs_as_integers and not quantized.recipe.symmetric:
+        raise ValueError(
+            f"recipe {quantized.recipe.name!r} has zero points, which TensorRT refuses; quantize with target 'tensorrt'"
+        )
     destination = Path(path)
     with scratch_folder(destination) as folder:
-        graph = integer_graph(quantized, unsigned_weights=target == "x86-avx2")
+        graph = integer_graph(quantized, target == "x86-avx2", target in SIGNED)
         size = quantized.input_size
         x = torch.zeros(2, *size)
         with torch.no_grad():
@@ -88,13 +94,25 @@ def check_target(target: str) -> None:
 
 
 def for_target(recipe: Recipe, target: str) -> Recipe:
-    """Return a recipe as runtimes on the target run it fastest without saturating: for "x86-avx2" in seven bits.
+    """Return a recipe as runtimes on the target run it.
+
+    For "x86-avx2" weights have seven bits, which never saturate. For "tensorrt" a recipe that runs as integers is
+    symmetric, and "auto", which cannot time layers there, is static under its error budget.
 
     Raises:
-        ValueError: an unknown target.
+        ValueError: an unknown target, or a recipe that TensorRT cannot run.
     """
     check_target(target)
-    return dataclasses.replace(recipe, reduce_range=True) if target == "x86-avx2" else recipe
+    if target == "x86-avx2":
+        return dataclasses.replace(recipe, reduce_range=True)
+    if target != "tensorrt" or not recipe.runs_as_integers:
+        return recipe
+    if recipe.activations == "dynamic" or recipe.norm != "tensor":
+        raise ValueError(
+            f"TensorRT cannot run recipe {recipe.name!r}: its scales are static and have no zero points; take auto, "
+            "w8a8, w8a8_smooth or w8a8_accurate"
+        )
+    return dataclasses.replace(recipe, symmetric=True, conv_codes=False, activations="static")
 
 
 def translations(op: Any = None) -> dict[Any, Callable[..., Any]]:

@@ -41,6 +41,8 @@ class Recipe:
         products: quantize the products of attention too.
         conv_codes: convolutions write codes, as ONNX Runtime's integer ones must; those of OpenVINO and Inductor may
             write floats, which costs less error, and no time where what reads them is in floating point.
+        symmetric: activations have int8 codes and ranges about zero, also those without negative values, and biases
+            stay in floating point, as TensorRT needs it all.
         softmax: quantizer of attention probabilities.
         gelu: quantizer of GELU's output.
         norm: quantizer of a LayerNorm's output: one scale a "tensor"; a scale a "channel", moved into the weights
@@ -70,6 +72,7 @@ class Recipe:
     fit: str = "mse"
     products: bool = False
     conv_codes: bool = True
+    symmetric: bool = False
     softmax: str = "uniform"
     gelu: str = "uniform"
     norm: str = "tensor"
@@ -107,6 +110,11 @@ class Recipe:
             raise ValueError("activations 'auto' needs an error_budget: the relative logit error allowed")
         if self.activations == "auto" and not self.runs_as_integers:
             raise ValueError("activations 'auto' chooses what runtimes run: uniform quantizers of 8 bits")
+        if self.symmetric and (self.activations != "static" or self.norm != "tensor" or self.conv_codes):
+            raise ValueError(
+                f"recipe {self.name!r} is symmetric, expected activations 'static', norm 'tensor' and conv_codes "
+                "false: other scales and outputs have zero points"
+            )
         if self.error_budget is not None and not self.error_budget > 0:
             raise ValueError(f"error_budget is {self.error_budget}, expected a positive relative error")
         if bool(self.mixed_bits) != (self.average_bits is not None):

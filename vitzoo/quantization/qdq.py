@@ -95,27 +95,30 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(a, b)
 
 
-def integer_graph(quantized: QuantizedModel, unsigned_weights: bool = False) -> fx.GraphModule:
+def integer_graph(
+    quantized: QuantizedModel, unsigned_weights: bool = False, signed_activations: bool = False
+) -> fx.GraphModule:
     """Return a quantized model as the graph to export: it gives the logits that `quantized` gives.
 
     Args:
         quantized: from `quantize`, by a recipe whose `runs_as_integers` is true.
         unsigned_weights: hold weights with codes outside [-64, 63] as uint8 with zero point 128 instead of int8: the
             same values, and u8 x u8 products, which no CPU saturates.
+        signed_activations: hold codes of activations as int8, each less by 128: the same values.
 
     Raises:
         ValueError: the recipe has widths or quantizers that no runtime executes.
     """
     quantized.recipe.require_integers()
-    return _Builder(quantized, unsigned_weights).run()
+    return _Builder(quantized, unsigned_weights, signed_activations).run()
 
 
 class _Builder:
     """Rewrites the planned sites of a copy of the float graph."""
 
-    def __init__(self, quantized: QuantizedModel, unsigned_weights: bool) -> None:
+    def __init__(self, quantized: QuantizedModel, unsigned_weights: bool, signed_activations: bool) -> None:
         self.quantized = quantized
-        self.unsigned = unsigned_weights
+        self.unsigned, self.signed = unsigned_weights, signed_activations
         self.module = copy.deepcopy(quantized.float_graph)
         self.graph = self.module.graph
         self.shared: dict[tuple[str, float, int, bool], fx.Node] = {}
@@ -152,6 +155,7 @@ class _Builder:
     def _quantized(self, x: fx.Node, quantizer: Quantizer | None, signed: bool = False) -> fx.Node:
         assert isinstance(quantizer, Uniform)
         assert (quantizer.qmin, quantizer.qmax) == (0, 255)
+        signed = signed or self.signed
         scale, zero_point = float(quantizer.scale), int(quantizer.zero_point)
         if not 0 <= zero_point <= 255:
             raise ValueError(f"zero point {zero_point} of {x.name} does not fit into uint8")
@@ -258,7 +262,9 @@ class _Builder:
         return self._call(aten.conv2d.default, quantized, weight, bias, stride, padding, dilation, groups)
 
     def _bias(self, site: Site, node: fx.Node, scale: Tensor) -> fx.Node:
-        """Return the bias in int32 steps of the accumulator, what an integer convolution adds."""
+        """Return the bias in int32 steps of the accumulator, what an integer convolution adds, or in floating point."""
+        if self.quantized.recipe.symmetric:
+            return node
         values = get_tensor(self.module, str(node.target)).detach()
         limit = 2**31 - 1
         codes = torch.round(values.double() / scale.double()).clamp(-limit, limit).to(torch.int32)
