@@ -89,6 +89,21 @@ def test_the_suffix_chooses_pytorch(photos: Path, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.filterwarnings("ignore:.*is skipped")
+def test_a_file_for_tensorrt_is_symmetric_and_has_no_speed(photos: Path, tmp_path: Path) -> None:
+    common = (*MODEL, "--calibration", photos, *LENIENT, "--target", "tensorrt")
+    code, out, err = _run(*common, "-o", tmp_path / "int8.onnx", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["speed"] is None
+    assert 0.5 < found["coverage"] == found["quantized_macs"]
+    assert 0 < found["calibration_logit_error"] <= 0.03  # the budget of "auto"
+    assert json.loads((tmp_path / "int8.json").read_text())["recipe"]["symmetric"]
+    code, _, err = _run(*common, "-o", tmp_path / "int8.xml")
+    assert code == 1
+    assert "TensorRT reads ONNX files: name it int8.onnx, not int8.xml" in err
+
+
+@pytest.mark.filterwarnings("ignore:.*is skipped")
 def test_a_file_that_is_too_slow_is_refused(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

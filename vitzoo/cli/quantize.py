@@ -69,7 +69,7 @@ def quantize(
     settings = [*(kwargs or []), *(["pretrained=True"] if pretrained else [])]
     with explained(), progress_bar() as tell:
         from vitzoo.benchmark.models import input_size
-        from vitzoo.deploy import Thresholds, export_quantized, format_of, this_machine
+        from vitzoo.deploy import Thresholds, export_quantized, format_for, this_machine
         from vitzoo.deploy import quantize as quantized_by
         from vitzoo.export.files import write_text
         from vitzoo.export.quantized import for_target
@@ -81,7 +81,7 @@ def quantize(
         chosen = load_recipe(recipe)
         if error_budget is not None:
             chosen = dataclasses.replace(chosen, error_budget=error_budget)
-        if format_of(output).name != "torch-export":  # our own kernels do not saturate
+        if format_for(output, goal).name != "torch-export":  # our own kernels do not saturate
             chosen = for_target(chosen, goal)
         tell("build the model")
         built = create(model, img_size, settings, checkpoint).eval()

@@ -5,7 +5,7 @@ from vitzoo.deploy.accuracy import Validation, validate
 from vitzoo.deploy.auto import quantize
 from vitzoo.deploy.coverage import Coverage, onnxruntime_coverage, openvino_coverage, torch_coverage
 from vitzoo.deploy.formats import format_of
-from vitzoo.deploy.gate import Gate, GateError, Thresholds, export_quantized
+from vitzoo.deploy.gate import Gate, GateError, Thresholds, export_quantized, format_for
 from vitzoo.deploy.handover import export_model
 from vitzoo.deploy.inductor import InductorModel, lower_int8
 
@@ -18,6 +18,7 @@ __all__ = [
     "Validation",
     "export_model",
     "export_quantized",
+    "format_for",
     "format_of",
     "lower_int8",
     "onnxruntime_coverage",

@@ -117,6 +117,20 @@ class GateError(RuntimeError):
         self.gate, self.float_path = gate, float_path
 
 
+def format_for(path: str | os.PathLike[str] | None, target: str) -> Format:
+    """Return the format of a file's suffix, ONNX without one, for a target that reads it.
+
+    Raises:
+        ValueError: an unknown target, a suffix that no format has, or one that the target does not read.
+    """
+    check_target(target)
+    kind = format_of(path)
+    if target == "tensorrt" and kind.name != "onnx":
+        name = Path(str(path))
+        raise ValueError(f"TensorRT reads ONNX files: name it {name.stem}.onnx, not {name.name}")
+    return kind
+
+
 def export_quantized(
     model: nn.Module,
     quantized: QuantizedModel,
@@ -161,14 +175,9 @@ def export_quantized(
         ValueError: no images, a suffix that no format has, a target that is unknown or cannot be checked here, or a
             recipe that is simulated only.
     """
-    check_target(target)
     here = this_machine()
     destination = Path(path)
-    kind = format_of(destination)
-    if target == "tensorrt" and kind.name != "onnx":
-        raise ValueError(
-            f"TensorRT reads ONNX files: name it {destination.stem}.onnx, not {destination.name}"
-        )
+    kind = format_for(destination, target)
     saturates = kind.name != "torch-export" and has_whole_range(quantized)  # our kernels never do
     if here == "x86-avx2" and target in ("x86-vnni", "arm") and saturates:
         raise ValueError(
