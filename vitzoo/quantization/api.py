@@ -235,12 +235,13 @@ def _options(captured: Captured, site: Site, static: SitePlan) -> dict[str, Site
 def _choose(
     captured: Captured, plans: dict[str, SitePlan], measure: bool
 ) -> tuple[list[LayerReport], dict[str, SitePlan]]:
-    """Leave the most harmful sites in floating point until the error budget holds."""
+    """Leave sites in floating point until the error budget holds, those first that harm most for their products."""
     noise, budget = captured.noise(plans), captured.recipe.error_budget
     exceeded = budget is not None and captured.error(plans) > budget
     errors = captured.errors(plans, SENSITIVITY_IMAGES) if measure or exceeded else {}
     if budget is not None and exceeded:
-        harmful = sorted(plans, key=lambda name: -errors[name])
+        # squares of errors add up, nearly
+        harmful = sorted(plans, key=lambda name: -(errors[name] ** 2) / captured.by_name[name].macs)
         low, high = 0, len(harmful)  # the least number left in floating point lies above low
         while high - low > 1:
             middle = (low + high) // 2

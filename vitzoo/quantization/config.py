@@ -55,8 +55,8 @@ class Recipe:
         mixed_bits: widths to choose from, layer by layer, by relevance; () for none.
         average_bits: what they may cost on average, of `mixed_cost`.
         mixed_cost: "size" (weights) or "bitops" (MACs).
-        error_budget: relative logit error allowed on the calibration images; the most harmful layers stay in floating
-            point until it holds. None quantizes every layer.
+        error_budget: relative logit error allowed on the calibration images; layers stay in floating point until it
+            holds, those first that harm most for their products. None quantizes every layer.
         skip: patterns (fnmatch) of layers that stay in floating point.
 
     Raises:
