@@ -298,12 +298,15 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _best(rows: list[dict[str, Any]]) -> str:
-    """Return how much faster the fastest of our roads is than the fastest rival, and both errors."""
-    timed = [row for row in rows if "median_ms" in row]
-    by = {who: [row for row in timed if row["by"] == who] for who in ("ours", "rival")}
-    if not all(by.values()):
+    """Return how much faster than the fastest rival the fastest of our roads with less error is, and both errors."""
+    timed = sorted((row for row in rows if "median_ms" in row), key=lambda row: row["median_ms"])
+    rival = next((row for row in timed if row["by"] == "rival"), None)
+    if rival is None:
         return ""
-    ours, rival = (min(found, key=lambda row: row["median_ms"]) for found in by.values())
+    less = (row for row in timed if row["by"] == "ours" and row["logit_error"] < rival["logit_error"])
+    ours = next(less, None)
+    if ours is None:
+        return f"none with less error than `{rival['road']}`"
     ratio = rival["median_ms"] / ours["median_ms"]
     names = f"`{ours['road']}` : `{rival['road']}`"
     return f"{names} {ratio:.2f}x, {ours['logit_error']:.1%} : {rival['logit_error']:.1%}"
