@@ -15,6 +15,7 @@ import vitzoo
 from vitzoo.quantization.allocation import allocate
 from vitzoo.quantization.api import quantize, sensitivity
 from vitzoo.quantization.calibration import fit_percentile
+from vitzoo.quantization.captured import Captured
 from vitzoo.quantization.config import Recipe, load_recipe, recipe_from_toml
 from vitzoo.quantization.graph import capture, find_sites, norm_groups
 from vitzoo.testing import image, relative_difference
@@ -119,6 +120,23 @@ def test_an_error_budget_leaves_layers_in_floating_point(model: nn.Module) -> No
     assert 0 < held.quantized_macs < free.quantized_macs
     assert {layer.mode for layer in held.layers} == {"static", "float"}
     assert any(layer.logit_error is not None for layer in held.layers)
+
+
+def test_what_harms_most_for_its_products_leaves_first(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # fc1 harms more than proj, which has a quarter of its products; both exceed the budget, either alone does not
+    alone = {"blocks.0.mlp.fc1": 0.02, "blocks.0.attn.proj": 0.015}
+    monkeypatch.setattr(
+        Captured, "error", lambda _, plans: sum(alone.get(name, 0.0) ** 2 for name in plans) ** 0.5
+    )
+    monkeypatch.setattr(
+        Captured, "errors", lambda _, plans, images: {name: alone.get(name, 0.0) for name in plans}
+    )
+    held = quantize(model, Recipe("w8a8", error_budget=0.021), BATCHES)
+    assert [layer.name for layer in held.layers if layer.mode == "float" and layer.kind != "product"] == [
+        "blocks.0.attn.proj"
+    ]
 
 
 def test_mixed_widths_hold_the_budget_and_beat_one_width(model: nn.Module) -> None:
