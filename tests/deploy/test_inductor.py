@@ -86,6 +86,34 @@ def test_every_layer_runs_in_integers_and_gives_the_simulations_numbers(
 
 @needs_torchao
 @pytest.mark.slow
+def test_a_deformable_convolution_stays_in_float_and_is_counted() -> None:
+    torch.manual_seed(0)
+    model = vitzoo.create_model(
+        "litv2_small",
+        img_size=SIZE,
+        embed_dim=16,
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 2, 4, 4),
+        num_classes=10,
+    ).eval()
+    quantized = _quantized(model, "static")
+    lowered = lower_int8(model, quantized, batch_size=4)
+    assert lowered.coverage.floating["torchvision.deform_conv2d.default"] > 0
+    assert lowered.integer_products == sum(site.kind != "product" for site in quantized.sites)
+    with torch.no_grad():
+        exact, expected = model(HELD_BACK), quantized(HELD_BACK)
+    assert relative_difference(lowered(HELD_BACK), expected) < relative_difference(expected, exact)
+
+
+def test_nodes_without_a_shape_have_no_products() -> None:
+    graph = torch.fx.Graph()
+    node = graph.call_function(torch.ops.aten.relu.default, (graph.placeholder("x"),))
+    assert "val" not in node.meta
+    assert inductor._macs(node) == 0
+
+
+@needs_torchao
+@pytest.mark.slow
 def test_a_layer_left_in_float_is_an_error(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = _quantized(model, "static")
     monkeypatch.setattr(inductor, "pt2e_graph", lambda model, quantized: model)

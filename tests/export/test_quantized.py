@@ -277,9 +277,12 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         write_quantized(made["static"], tmp_path / "m.onnx", model, "x86")
     with pytest.raises(ValueError, match="no held-back images"):
         export_quantized(model, made["static"], tmp_path / "m.onnx", HELD_BACK[:0], "x86-avx2")
+    with pytest.raises(ValueError, match="has zero points, which TensorRT refuses"):
+        export_quantized(model, made["static"], tmp_path / "m.onnx", HELD_BACK, "tensorrt")
     monkeypatch.setattr(gate_module, "this_machine", lambda: "x86-avx2")
-    with pytest.raises(ValueError, match="x86-vnni cannot be checked on this machine, x86-avx2"):
-        export_quantized(model, made["static"], tmp_path / "m.onnx", HELD_BACK, "x86-vnni")
+    for target in ("x86-vnni", "arm"):
+        with pytest.raises(ValueError, match=f"{target} cannot be checked on this machine, x86-avx2"):
+            export_quantized(model, made["static"], tmp_path / "m.onnx", HELD_BACK, target)
     with pytest.raises(FileNotFoundError, match="the folder does not exist"):
         write_quantized(made["static"], tmp_path / "no" / "m.onnx", model, "x86-vnni")
     assert os.listdir(tmp_path) == []
@@ -313,22 +316,26 @@ def test_a_target_that_saturates_gets_seven_bits() -> None:
         for_target(recipe, "x86")
 
 
-def test_a_file_for_tensorrt_is_symmetric_and_the_simulation(model: nn.Module, tmp_path: Path) -> None:
-    recipe = for_target(load_recipe("w8a8_accurate"), "tensorrt")
+@pytest.mark.parametrize("name", ["w8a8_accurate", "w8a8_openvino"])
+def test_a_file_for_tensorrt_is_symmetric_and_the_simulation(
+    model: nn.Module, tmp_path: Path, name: str
+) -> None:
+    recipe = for_target(load_recipe(name), "tensorrt")
     assert (recipe.symmetric, recipe.conv_codes) == (True, False)
     quantized = quantize(model, recipe, BATCHES)
     path = tmp_path / "m.onnx"
     gate = export_quantized(model, quantized, path, HELD_BACK, "tensorrt", Thresholds(coverage=0.8))
     assert (gate.speed, gate.float_ms, gate.int8_ms) == (None, None, None)
-    assert gate.coverage == quantized.quantized_macs > 0.83  # attention's two products are left
+    assert gate.coverage == pytest.approx(quantized.quantized_macs)
+    assert gate.coverage > (0.99 if recipe.products else 0.83)  # attention's two products are left
     assert 1e-4 < gate.logit_error < 0.05
     # on equal inputs both round alike: no kernel of integers takes part
     assert gate.simulation_error < 1e-3 * gate.logit_error
     zeros = _zero_points(path)
     assert {str(z.dtype) for z in zeros} == {"int8"}  # of activations and weights; biases are floats
     assert not any(z.any() for z in zeros)
-    products = [site for site in quantized.sites if site.kind != "product"]
-    assert len(zeros) == 3 * len(products)
+    weighted = sum(site.kind != "product" for site in quantized.sites)
+    assert len(zeros) >= 3 * weighted  # a pair for each activation, a node for each weight
     with pytest.raises(ValueError, match=r"TensorRT reads ONNX files: name it m\.onnx, not m\.pt2"):
         export_quantized(model, quantized, tmp_path / "m.pt2", HELD_BACK, "tensorrt")
 
@@ -341,10 +348,52 @@ def test_recipes_with_zero_points_are_refused_for_tensorrt(
         for_target(load_recipe(name), "tensorrt")
     with pytest.raises(ValueError, match="has zero points, which TensorRT refuses"):
         write_quantized(made["static"], tmp_path / "m.onnx", model, "tensorrt")
-    with pytest.raises(ValueError, match="is symmetric, expected activations 'static'"):
-        Recipe("r", symmetric=True)
+    for wrong in ({}, {"conv_codes": False, "fit": "search"}, {"conv_codes": False, "weight_bits": 4}):
+        with pytest.raises(ValueError, match="is symmetric, expected uniform quantizers of 8 bits"):
+            Recipe("r", symmetric=True, **wrong)
     assert for_target(load_recipe("w4a4"), "tensorrt") == load_recipe("w4a4")  # simulated for everyone
     assert os.listdir(tmp_path) == []
+
+
+class Joined(nn.Module):
+    """A linear layer behind a concatenation, and one that reads nothing but zeros and tiny values."""
+
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.dead, self.tiny = nn.Linear(6, 4), nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels = x.mean((2, 3))
+        joined = torch.cat([channels, 3 + channels], 1)
+        return self.first(joined) + self.dead(0 * channels) + self.tiny(1e-6 * channels)
+
+
+def test_zero_points_are_zero_for_tensorrt_also_of_nothing(tmp_path: Path) -> None:
+    model = Joined().eval()
+    quantized = quantize(model, for_target(load_recipe("w8a8"), "tensorrt"), BATCHES)
+    write_quantized(quantized, tmp_path / "m.onnx", model, "tensorrt")
+    zeros = _zero_points(tmp_path / "m.onnx")
+    assert len(zeros) == 9
+    assert not any(z.any() for z in zeros)
+    assert {str(z.dtype) for z in zeros} == {"int8"}
+
+
+@pytest.mark.parametrize(
+    ("reduced", "target"), [(False, "x86-vnni"), (True, "x86-avx2"), (False, "x86-avx2")]
+)
+def test_codes_behind_a_concatenation_are_signed_where_weights_are(
+    tmp_path: Path, reduced: bool, target: str
+) -> None:
+    model = Joined().eval()
+    quantized = quantize(model, Recipe("r", reduce_range=reduced), BATCHES)
+    (quantizer,) = quantized.plans["first"].operands
+    assert int(quantizer.zero_point) == 128  # affine would be 30 and less
+    write_quantized(quantized, tmp_path / "m.onnx", model, target)
+    kinds = [str(z.dtype) for z in _zero_points(tmp_path / "m.onnx") if not z.shape]
+    assert kinds.count("int8") == (0 if target == "x86-avx2" and not reduced else 2)  # Q and DQ
 
 
 def test_a_file_for_arm_has_signed_codes_of_the_same_values(

@@ -63,8 +63,8 @@ def quantize(
 ) -> None:
     """Quantize a model to a file that was run in its runtime, compared and timed beside the float one.
 
-    Below a threshold the float file is kept and the exit code is 1. Recipes of fewer than eight bits are simulated:
-    they print what the network loses, and write no file.
+    A file for tensorrt, which is not run here, is compared only. Below a threshold the float file is kept and the exit
+    code is 1. Recipes of fewer than eight bits are simulated: they print what the network loses, and write no file.
     """
     settings = [*(kwargs or []), *(["pretrained=True"] if pretrained else [])]
     with explained(), progress_bar() as tell:

@@ -30,7 +30,7 @@ from vitzoo.export.common import evaluation_mode
 from vitzoo.export.notes import PREPROCESSING
 
 SATURATES = (
-    "{path} multiplies unsigned activations with int8 weights of the full range{made}. This machine, {here}, sums "
+    "{path} multiplies quantized activations with int8 weights of the full range{made}. This machine, {here}, sums "
     "pairs of such products in 16 bits, which saturates silently: its accuracy here is not the file's. Validate it "
     "where there is VNNI, or quantize with --target {here}"
 )

@@ -46,8 +46,8 @@ def quantize(
         progress: called with a few words at the start of each step.
         measure_layers: measure the logit error of each layer alone also where no error budget asks.
         target: who will run it, see `vitzoo.export.quantized.TARGETS`; this machine if None. With "x86-avx2" weights of
-            "auto" have seven bits, or all of uint8 where the budget asks for that; for "tensorrt" every recipe is
-            symmetric and "auto" static, see `vitzoo.export.quantized.for_target`.
+            "auto" have seven bits, or all of uint8 where the budget asks for that; for "tensorrt" every recipe
+            that runs as integers is symmetric and "auto" static, see `vitzoo.export.quantized.for_target`.
         threads: threads to time layers with, PyTorch's number if None.
 
     Returns:

@@ -24,7 +24,7 @@ from vitzoo.export.check import open_session, run_session
 from vitzoo.export.common import Run, silent
 from vitzoo.export.files import publish, scratch_folder
 from vitzoo.export.notes import hashes, notes, write_notes
-from vitzoo.export.quantized import OPSET, check_target
+from vitzoo.export.quantized import OPSET, check_target, check_zero_points
 from vitzoo.quantization.model import QuantizedModel
 
 RUN_BATCHES = (1, 3, 8)
@@ -63,9 +63,10 @@ class Gate:
 
     Attributes:
         coverage: share of multiply-accumulates in integer kernels of the graph that the runtime ran; for "tensorrt",
-            which is not run, of those whose factors are quantized.
+            which is not run, of those whose factors are quantized, of all that ONNX Runtime counts in the float file.
         floating: largest products left in floating point, name -> share of all multiply-accumulates.
-        speed: images a second relative to the float file, in the same runtime, rounds interleaved; None for "tensorrt".
+        speed: images a second relative to the float file, in the same runtime on this machine, whatever the target,
+            rounds interleaved; None for "tensorrt".
         float_ms: median time of a batch of the float file, ms; None for "tensorrt".
         int8_ms: median time of a batch of the quantized file, ms; None for "tensorrt".
         batch_size: images in that batch.
@@ -172,8 +173,8 @@ def export_quantized(
         GateError: a threshold was missed; `<stem>.float.onnx`, or what the suffix is, was written instead.
         ImportError: a package is missing; the message has the line that installs it.
         OSError: the folder does not exist or cannot be written, or the JSON file is another file's.
-        ValueError: no images, a suffix that no format has, a target that is unknown or cannot be checked here, or a
-            recipe that is simulated only.
+        ValueError: no images, a suffix that no format has or the target does not read, a target that is unknown or
+            cannot be checked here, or a recipe that is simulated only or not for the target.
     """
     here = this_machine()
     destination = Path(path)
@@ -182,8 +183,9 @@ def export_quantized(
     if here == "x86-avx2" and target in ("x86-vnni", "arm") and saturates:
         raise ValueError(
             f"a file for {target} cannot be checked on this machine, {here}: it saturates sums of full-range 8-bit "
-            f"products. Take target {here}, or run this where there is VNNI"
+            f"products. Take target {here} or a recipe with reduce_range, or run this on a machine of the target"
         )
+    check_zero_points(quantized, target)
     if len(held_back) == 0:
         raise ValueError("there are no held-back images to compare on")
     if float_file is not None and (kind.suffix != ".onnx" or belonging(Path(float_file))):
@@ -240,7 +242,11 @@ def _measure(
         left = {name: macs / coverage.total_macs for name, macs in coverage.floating.items()}
         run = kind.open(written, threads)
     else:
-        share, left = quantized.quantized_macs, _unquantized(quantized)
+        total = kind.coverage(floating, held_back[:1]).total_macs
+        macs = {site.name: site.macs for site in quantized.sites}
+        share = sum(macs[name] for name in quantized.plans) / total
+        unquantized = sorted(macs.keys() - quantized.plans.keys(), key=lambda name: -macs[name])
+        left = {name: macs[name] / total for name in unquantized}
         run = functools.partial(run_session, open_session(written, threads, as_written=True))
     runs = {"float": kind.open(floating, threads), "int8": run}
     tell("compare with the float model")
@@ -274,13 +280,6 @@ def _measure(
         simulation_error=float((outputs["int8"] - simulated).norm() / size),
         images=len(held_back),
     )
-
-
-def _unquantized(quantized: QuantizedModel) -> dict[str, float]:
-    """Return the products without quantized factors, the largest first, as shares of all multiply-accumulates."""
-    total = sum(site.macs for site in quantized.sites)
-    left = {site.name: site.macs / total for site in quantized.sites if site.name not in quantized.plans}
-    return dict(sorted(left.items(), key=lambda item: -item[1]))
 
 
 def _logits(run: Run, images: Tensor, batch: int = 8) -> Tensor:

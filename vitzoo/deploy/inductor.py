@@ -20,6 +20,7 @@ from vitzoo.export.common import require
 from vitzoo.quantization.model import QuantizedModel
 from vitzoo.quantization.pt2e import pt2e_graph
 
+_NAMESPACES = ("aten", "mkl", "mkldnn", "onednn", "torchvision")
 _INTEGER = ("onednn.qlinear_pointwise", "onednn.qconv_pointwise", "onednn.qconv2d_pointwise")
 
 
@@ -172,19 +173,23 @@ class _Products(CustomGraphPass):
 def _macs(node: Any) -> int:
     """Return the multiply-accumulates of a node of Inductor's graph."""
     namespace, _, name = str(node.target).partition(".")
-    if namespace not in ("aten", "mkl", "mkldnn", "onednn") or "prepack" in name or "reorder" in name:
+    if namespace not in _NAMESPACES or "prepack" in name or "reorder" in name:
         return 0
     name, _, overload = name.partition(".")
     if name.startswith("_scaled_dot_product"):
-        q, k, v = (argument.meta["val"] for argument in node.args[:3])
-        return math.prod(q.shape[:3]) * int(k.shape[2]) * int(q.shape[3] + v.shape[3])
-    out = node.meta["val"]
-    if "convolution" in name or name.startswith("qconv"):
+        q, k, v = (_shape(argument) for argument in node.args[:3])
+        return math.prod(q[:3]) * k[2] * (q[3] + v[3])
+    if "conv" in name:
         weight = node.args[3 if namespace == "onednn" else 2 if overload == "binary" else 1]
-        return math.prod(out.shape) * math.prod(weight.meta["val"].shape) // int(out.shape[1])
+        out = _shape(node)
+        return math.prod(out) * math.prod(_shape(weight)) // out[1]
     if "linear" in name:
-        return math.prod(out.shape) * int(node.args[0].meta["val"].shape[-1])
+        return math.prod(_shape(node)) * _shape(node.args[0])[-1]
     if name in ("mm", "bmm", "addmm", "baddbmm"):
-        first = node.args["add" in name]
-        return math.prod(out.shape) * int(first.meta["val"].shape[-1])
+        return math.prod(_shape(node)) * _shape(node.args["add" in name])[-1]
     return 0
+
+
+def _shape(node: Any) -> list[int]:
+    """Return the shape of a product's result or factor; other nodes, of torchao's passes, need not know theirs."""
+    return [int(n) for n in node.meta["val"].shape]

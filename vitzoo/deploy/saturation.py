@@ -1,7 +1,7 @@
 """Which products of an exported file CPUs with AVX2 and without VNNI get wrong.
 
 They sum pairs of u8 x s8 products in 16 bits, which saturates in silence, in ONNX Runtime, oneDNN and OpenVINO alike,
-unless the weights keep to seven bits.
+unless the weights keep to seven bits. Signed activations are shifted to unsigned ones first, so that they saturate too.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from typing import Any
 
 import numpy as np
 
-# products with integer kernels -> places of activation and weight; Q and DQ nodes stand before the others
+# products with integer kernels -> place of the weight; Q and DQ nodes stand before the others
 _INTEGER = {
-    "MatMulInteger": (0, 1),
-    "ConvInteger": (0, 1),
-    "QLinearMatMul": (0, 3),
-    "QLinearConv": (0, 3),
-    "QGemm": (0, 3),
-    "MatMulIntegerToFloat": (0, 1),
-    "DynamicQuantizeMatMul": (0, 1),
+    "MatMulInteger": 1,
+    "ConvInteger": 1,
+    "QLinearMatMul": 3,
+    "QLinearConv": 3,
+    "QGemm": 3,
+    "MatMulIntegerToFloat": 1,
+    "DynamicQuantizeMatMul": 1,
 }
 _FLOATING = ("Conv", "Gemm", "MatMul")
 _AVX2_LEAST, _AVX2_MOST = -64, 63
 
 
 def saturating_nodes(graph: Any) -> list[str]:
-    """Return the names of an ONNX graph's products of unsigned activations and full-range int8 weights."""
+    """Return the names of an ONNX graph's products of quantized activations and full-range int8 weights."""
     import onnx
 
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -44,46 +44,24 @@ def saturating_nodes(graph: Any) -> list[str]:
             return False
         return _whole_range(onnx.numpy_helper.to_array(tensor))
 
-    def unsigned(node: Any) -> bool:
-        if node is None or node.op_type != "QuantizeLinear":
-            return node is not None and node.op_type == "DynamicQuantizeLinear"
-        if len(node.input) < 3 or not node.input[2]:
-            kind = next((a.i for a in node.attribute if a.name == "output_dtype"), 0)
-            return kind in (0, onnx.TensorProto.UINT8)
-        return _type(node.input[2]) == onnx.TensorProto.UINT8
-
-    def _type(name: str) -> int:
-        if name in constants:
-            return constants[name].data_type
-        value = [a.t for a in producers[name].attribute if a.name == "value"] if name in producers else []
-        return value[0].data_type if value else 0
-
     found = []
     for node in graph.node:
         if node.op_type in _INTEGER:
-            x, weight = (node.input[i] for i in _INTEGER[node.op_type])
-            activation = source(x)
-            whole = node.op_type == "DynamicQuantizeMatMul" or unsigned(activation)
-            # what quantized operators hand on is unsigned where their zero point is
-            if node.op_type.startswith("Q") and len(node.input) > 2:
-                whole = _type(node.input[2]) == onnx.TensorProto.UINT8
+            weight = node.input[_INTEGER[node.op_type]]
         elif node.op_type in _FLOATING:
             behind = [source(name) for name in node.input[:2]]
             if not all(n is not None and n.op_type == "DequantizeLinear" for n in behind):
                 continue
-            weight, whole = behind[1].input[0], unsigned(source(behind[0].input[0]))
+            weight = behind[1].input[0]
         else:
             continue
-        if whole and full_range(weight):
+        if full_range(weight):
             found.append(node.name or node.output[0])
     return found
 
 
 def saturating_operations(model: Any) -> list[str]:
-    """Return the names of an OpenVINO graph's products with full-range int8 weights.
-
-    oneDNN shifts signed activations to unsigned ones, so that those of either kind saturate.
-    """
+    """Return the names of an OpenVINO graph's products with full-range int8 weights."""
     found = []
     for op in model.get_ordered_ops():
         if op.get_type_name() not in ("MatMul", "Convolution", "GroupConvolution"):

@@ -37,7 +37,8 @@ def write_quantized(
         path: file to write, whole or not at all.
         model: the float model, for the notes in the file.
         target: who will run it, one of `TARGETS`. For "x86-avx2" weights with codes outside [-64, 63] become uint8; for
-            "arm" and "tensorrt" activations are int8, and for the latter their zero points have to be zero.
+            "arm" and "tensorrt" activations with static scales are int8, and for the latter the recipe has to be
+            symmetric.
         opset: ONNX operator set, 20 to 23.
 
     Returns:
@@ -51,10 +52,7 @@ def write_quantized(
     """
     require_packages(check=False)
     check_target(target)
-    if target == "tensorrt" and quantized.recipe.runs_as_integers and not quantized.recipe.symmetric:
-        raise ValueError(
-            f"recipe {quantized.recipe.name!r} has zero points, which TensorRT refuses; quantize with target 'tensorrt'"
-        )
+    check_zero_points(quantized, target)
     destination = Path(path)
     with scratch_folder(destination) as folder:
         graph = integer_graph(quantized, target == "x86-avx2", target in SIGNED)
@@ -91,6 +89,14 @@ def check_target(target: str) -> None:
     """Raise ValueError unless a target is one of `TARGETS`."""
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
+
+
+def check_zero_points(quantized: QuantizedModel, target: str) -> None:
+    """Raise ValueError where a quantized model has zero points and the target takes none."""
+    if target == "tensorrt" and quantized.recipe.runs_as_integers and not quantized.recipe.symmetric:
+        raise ValueError(
+            f"recipe {quantized.recipe.name!r} has zero points, which TensorRT refuses; quantize with target 'tensorrt'"
+        )
 
 
 def for_target(recipe: Recipe, target: str) -> Recipe:

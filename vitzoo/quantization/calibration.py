@@ -201,6 +201,7 @@ def fit_range(
     steps: int = 50,
     extremes: tuple[float, float] | None = None,
     centred: bool = False,
+    symmetric: bool = False,
 ) -> Uniform:
     """Fit the affine quantizer that runtimes execute: unsigned codes, a whole zero point among them, zero in range.
 
@@ -211,19 +212,24 @@ def fit_range(
         steps: see `shrink`.
         extremes: least and greatest value where x is a sample of what was seen; its own if None.
         centred: put the zero point in the middle, 2^(bits - 1), where there are negative values.
+        symmetric: put it there always.
     """
     check_bits(bits)
     top = 2**bits - 1
     ends = (x.min(), x.max()) if extremes is None else x.new_tensor(extremes).unbind()
     low, high = ends[0].clamp_max(0), ends[1].clamp_min(0)
-    if centred and float(low) < 0:
-        half = 2 ** (bits - 1)
+    half = 2 ** (bits - 1)
+    middle = symmetric or (centred and float(low) < 0)
+    if middle:
         bound = torch.maximum(-low, high)
         low, high = -bound * half / (half - 1), bound
 
     def between(factor: float) -> Uniform:
         scale = ((high - low) * factor / top).clamp_min(_SMALLEST)
-        return Uniform(scale, torch.round(-low * factor / scale).clamp(0, top), 0, top)
+        zero_point = (
+            torch.full_like(scale, half) if middle else torch.round(-low * factor / scale).clamp(0, top)
+        )
+        return Uniform(scale, zero_point, 0, top)
 
     if not shrink:
         return between(1.0)

@@ -41,8 +41,8 @@ class Recipe:
         products: quantize the products of attention too.
         conv_codes: convolutions write codes, as ONNX Runtime's integer ones must; those of OpenVINO and Inductor may
             write floats, which costs less error, and no time where what reads them is in floating point.
-        symmetric: activations have int8 codes and ranges about zero, also those without negative values, and biases
-            stay in floating point, as TensorRT needs it all.
+        symmetric: activations have ranges about zero, also those without negative values, and biases stay in floating
+            point, as TensorRT needs both.
         softmax: quantizer of attention probabilities.
         gelu: quantizer of GELU's output.
         norm: quantizer of a LayerNorm's output: one scale a "tensor"; a scale a "channel", moved into the weights
@@ -110,10 +110,11 @@ class Recipe:
             raise ValueError("activations 'auto' needs an error_budget: the relative logit error allowed")
         if self.activations == "auto" and not self.runs_as_integers:
             raise ValueError("activations 'auto' chooses what runtimes run: uniform quantizers of 8 bits")
-        if self.symmetric and (self.activations != "static" or self.norm != "tensor" or self.conv_codes):
+        plain = self.runs_as_integers and self.activations == "static" and self.norm == "tensor"
+        if self.symmetric and (not plain or self.conv_codes):
             raise ValueError(
-                f"recipe {self.name!r} is symmetric, expected activations 'static', norm 'tensor' and conv_codes "
-                "false: other scales and outputs have zero points"
+                f"recipe {self.name!r} is symmetric, expected uniform quantizers of 8 bits, activations 'static', norm "
+                "'tensor' and conv_codes false: others have zero points"
             )
         if self.error_budget is not None and not self.error_budget > 0:
             raise ValueError(f"error_budget is {self.error_budget}, expected a positive relative error")
@@ -127,7 +128,9 @@ class Recipe:
     @property
     def runs_as_integers(self) -> bool:
         """Return whether a runtime can execute it with 8-bit integers; anything else is simulated exactly."""
-        uniform = self.softmax == self.gelu == "uniform" and self.norm != "power_of_two"
+        uniform = (
+            self.softmax == self.gelu == "uniform" and self.norm != "power_of_two" and self.fit != "search"
+        )
         widths = {self.weight_bits, self.activation_bits, self.first_last_bits, *self.mixed_bits}
         return uniform and widths == {8}
 

@@ -103,12 +103,12 @@ def _writes_codes(captured: Captured, site: Site) -> bool:
 
 
 def _is_centred(captured: Captured, site: Site, operand: str) -> bool:
-    """Return whether an operand's range lies about zero, as TensorRT needs it always and OpenVINO sometimes.
+    """Return whether an operand's range lies about zero where it has negative values, as OpenVINO needs it.
 
-    OpenVINO has no products of two operands with zero points, and moves a quantizer behind a concatenation to each of
+    It has no products of two operands with zero points, and moves a quantizer behind a concatenation to each of
     its inputs, after which its product with a weight fails where there is one.
     """
-    if site.kind == "product" or captured.recipe.symmetric:
+    if site.kind == "product":
         return True
     return (
         captured.recipe.runs_as_integers and site.kind == "linear" and concatenated(captured.nodes[operand])
@@ -131,9 +131,13 @@ def _activation(recipe: Recipe, seen: Samples, which: str, bits: int, centred: b
         return calibration.fit_power_of_two_factors(values, bits)
     if recipe.fit == "percentile" and not recipe.runs_as_integers:
         return calibration.fit_percentile(values, bits)
-    low = min(seen.low, -seen.high) if recipe.symmetric else seen.low
     return calibration.fit_range(
-        values, bits, recipe.fit != "minmax", extremes=(low, seen.high), centred=centred
+        values,
+        bits,
+        recipe.fit != "minmax",
+        extremes=(seen.low, seen.high),
+        centred=centred,
+        symmetric=recipe.symmetric,
     )
 
 

@@ -95,7 +95,11 @@ def _reader(site: Site | None, node: fx.Node, x: fx.Node) -> tuple[str, int] | N
 
 
 def migrate(
-    module: fx.GraphModule, sites: Sequence[Site], batches: Sequence[Tensor], weight_bits: int
+    module: fx.GraphModule,
+    sites: Sequence[Site],
+    batches: Sequence[Tensor],
+    weight_bits: int,
+    symmetric: bool = False,
 ) -> dict[str, float]:
     """Move scales in place where that lowers the error of static quantization.
 
@@ -108,6 +112,7 @@ def migrate(
         sites: the sites that will be quantized.
         batches: calibration images, each (B, C, H, W).
         weight_bits: width of the weights.
+        symmetric: activations will have ranges about zero.
 
     Returns:
         site -> alpha, of the readers whose scales were moved.
@@ -126,7 +131,9 @@ def migrate(
         largest = seen.abs().amax(0)
         candidates = [(0.0, torch.ones_like(largest))]
         candidates += [(alpha, smoothing_scales(largest, columns, alpha)) for alpha in ALPHAS]
-        errors = [_error(seen / s, [w * s for w in columns], rows, weight_bits) for _, s in candidates]
+        errors = [
+            _error(seen / s, [w * s for w in columns], rows, weight_bits, symmetric) for _, s in candidates
+        ]
         best = min(range(len(errors)), key=errors.__getitem__)
         if errors[best] > WORTH * errors[0]:
             continue
@@ -165,9 +172,11 @@ def _rows_of(weight: Tensor, axis: int) -> Tensor:
     return channel.movedim(axis, -1).flatten(0, -2)
 
 
-def _error(seen: Tensor, columns: Sequence[Tensor], rows: Sequence[Tensor], bits: int) -> float:
+def _error(
+    seen: Tensor, columns: Sequence[Tensor], rows: Sequence[Tensor], bits: int, symmetric: bool
+) -> float:
     """Return the squared error of the readers' outputs relative to their squares, channels taken as independent."""
-    quantizer = calibration.fit_range(seen, 8)
+    quantizer = calibration.fit_range(seen, 8, symmetric=symmetric)
     power, noise = seen.square().mean(0), (quantizer(seen) - seen).square().mean(0)  # (C,)
     total = 0.0
     for weight, channel in zip(columns, rows, strict=True):
@@ -185,7 +194,9 @@ def move_scales(captured: Captured) -> dict[str, Uniform]:
     if captured.recipe.smooth == "auto":
         captured.tell("move scales out of the activations where it helps")
         bits = 7 if captured.recipe.reduce_range else captured.recipe.weight_bits
-        captured.alphas |= migrate(captured.module, captured.sites, captured.batches, bits)
+        captured.alphas |= migrate(
+            captured.module, captured.sites, captured.batches, bits, captured.recipe.symmetric
+        )
     groups = norm_groups(captured.module, captured.sites)
     if not groups or (captured.recipe.smooth is None and captured.recipe.norm != "channel"):
         return {}

@@ -104,7 +104,8 @@ def integer_graph(
         quantized: from `quantize`, by a recipe whose `runs_as_integers` is true.
         unsigned_weights: hold weights with codes outside [-64, 63] as uint8 with zero point 128 instead of int8: the
             same values, and u8 x u8 products, which no CPU saturates.
-        signed_activations: hold codes of activations as int8, each less by 128: the same values.
+        signed_activations: hold codes of static activations as int8, each less by 128: the same values. Dynamic ones
+            stay uint8, the only kind of ONNX's DynamicQuantizeLinear.
 
     Raises:
         ValueError: the recipe has widths or quantizers that no runtime executes.
@@ -168,10 +169,11 @@ class _Builder:
                 )
         return self.shared[key]
 
-    def _rearranged(self, x: fx.Node, quantizer: Quantizer | None, of_product: bool = False) -> fx.Node:
-        """Return x quantized, before its elements are rearranged if a product gives or takes them.
+    def _rearranged(self, x: fx.Node, quantizer: Quantizer | None, weight: Uniform | None) -> fx.Node:
+        """Return x quantized, before its elements are rearranged if a product of activations gives or takes them.
 
         That is where OpenVINO looks for the quantizers of attention, and where they become part of its kernels.
+        `weight` is the quantizer of the other factor, None of an activation.
         """
         moves = []
         source = x
@@ -179,12 +181,12 @@ class _Builder:
             moves.append(source)
             source = source.args[0]  # type: ignore[assignment]
         centred = (  # only of signed codes is the zero point zero, where OpenVINO bears no other
-            (of_product or concatenated(x))
-            and not self.unsigned
+            (weight is None or concatenated(x))
+            and not (self.unsigned and (weight is None or weight.qmax > 63))
             and isinstance(quantizer, Uniform)
             and int(quantizer.zero_point) == 128
         )
-        if not of_product and source not in self.products:
+        if weight is not None and source not in self.products:
             return self._quantized(x, quantizer, signed=centred)
         found = self._quantized(source, quantizer, signed=centred)
         for move in reversed(moves):
@@ -234,7 +236,7 @@ class _Builder:
             return self._call(operator, x, codes, scale, zero_point, bias)
         weight = self._call(torch.ops.vitzoo_qdq.dequantize.default, codes, scale, 1, zero_point)
         quantizer = plan.operands[0]
-        quantized = self._rearranged(x, quantizer)
+        quantized = self._rearranged(x, quantizer, plan.weight)
         if isinstance(bias, fx.Node) and node.meta["val"].ndim == 2:
             # ONNX Runtime makes a float Gemm of such a sum before it looks for integers; this one it runs in them
             assert isinstance(quantizer, Uniform)
@@ -258,7 +260,7 @@ class _Builder:
         weight = self._call(torch.ops.vitzoo_qdq.dequantize.default, codes, scale, 0, zero_point)
         if isinstance(bias, fx.Node):
             bias = self._bias(site, bias, quantizer.scale * plan.weight.scale.flatten())
-        quantized = self._rearranged(x, quantizer)
+        quantized = self._rearranged(x, quantizer, plan.weight)
         return self._call(aten.conv2d.default, quantized, weight, bias, stride, padding, dilation, groups)
 
     def _bias(self, site: Site, node: fx.Node, scale: Tensor) -> fx.Node:
@@ -279,6 +281,4 @@ class _Builder:
         if plan.dynamic:
             return self._call(torch.ops.vitzoo_qdq.dynamic_product.default, a, b)
         operands = zip((a, b), plan.operands, strict=True)
-        return self._call(
-            aten.matmul.default, *(self._rearranged(x, q, of_product=True) for x, q in operands)
-        )
+        return self._call(aten.matmul.default, *(self._rearranged(x, q, None) for x, q in operands))
