@@ -292,7 +292,7 @@ def table(record: dict[str, Any]) -> str:
             lines.append(f"| `{road}` | {' | '.join(cells)} |")
         rows = [row for row in record["results"] if row["threads"] == threads]
         best = [_best([row for row in rows if row["model"] == model]) for model in models]
-        lines.append(f"| best of ours : best rival | {' | '.join(best)} |")
+        lines.append(f"| fastest of ours with less error : fastest rival | {' | '.join(best)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
