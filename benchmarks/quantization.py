@@ -40,7 +40,7 @@ import vitzoo
 from vitzoo.benchmark.timing import compare
 from vitzoo.deploy import onnxruntime_coverage, quantize, this_machine
 from vitzoo.export import export_onnx
-from vitzoo.export.check import open_session, run_session
+from vitzoo.export.check import open_session, run_session, session_options
 from vitzoo.export.files import write_text
 from vitzoo.export.quantized import for_target, write_quantized
 from vitzoo.quantization.config import load_recipe
@@ -213,9 +213,9 @@ def products(threads: int, seconds: float) -> dict[str, Any]:
         opset = helper.make_opsetid("", 20)
         model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
         onnx.checker.check_model(model)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        made = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        made = onnxruntime.InferenceSession(
+            model.SerializeToString(), session_options(threads), ["CPUExecutionProvider"]
+        )
         return functools.partial(made.run, None, {"a": a})
 
     random = np.random.RandomState(0)

@@ -110,6 +110,15 @@ def test_every_variant(name: str, tmp_path: Path) -> None:
     _assert_agrees(model, report.path, report.input_size)
 
 
+def test_threads_of_a_session_sleep_between_calls(tmp_path: Path) -> None:
+    vitzoo.export_onnx(
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), tmp_path / "m.onnx", 8, check=False
+    )
+    options = check.open_session(tmp_path / "m.onnx", threads=1).get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert options.intra_op_num_threads == 1
+
+
 @pytest.mark.parametrize("depth", [4, pytest.param(24, marks=pytest.mark.slow)])
 def test_vim_has_one_scan_a_layer(depth: int, tmp_path: Path) -> None:
     kwargs = {"img_size": 64, "depth": depth} if depth < 24 else {}
