@@ -250,20 +250,19 @@ def table(record: dict[str, Any]) -> str:
         f"| --- | ---: | ---: | {' | '.join('---:' for _ in kinds)} |",
     ]
     for model, found in rows.items():
-        cells = []
-        for kind in kinds:
-            row = found.get(kind, {})
-            cells.append(
-                "failed"
-                if "failed" in row
-                else "."
-                if "speed" not in row
-                else f"{row['speed']:.2f}x ({row['speed'] / row['product_ratio']:.0%}), "
-                f"{row['coverage']:.2f}, {row['logit_error']:.1%}"
-            )
+        cells = [_cell(found.get(kind, {})) for kind in kinds]
         start = f"| {model} | {found['float']['median_ms']:.1f} | {found['float']['product_ratio']:.2f}x"
         lines.append(f"{start} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return "failed"
+    if "speed" not in row:
+        return "."
+    share = row["speed"] / row["product_ratio"]
+    return f"{row['speed']:.2f}x ({share:.0%}), {row['coverage']:.2f}, {row['logit_error']:.1%}"
 
 
 def write_results(

@@ -60,7 +60,7 @@ MODELS = (
 RECIPE = "w8a8_openvino"  # of our roads outside ONNX Runtime, which "auto" measures
 BUDGET = f"{RECIPE}_3"  # the same as `vitzoo quantize --recipe w8a8_openvino --error-budget 0.03` chooses
 ONNX_RECIPE = "w8a8_accurate"
-PAUSE = 0.02  # seconds; threads of ONNX Runtime and OpenVINO that spin for work have gone to sleep by then
+PAUSE = 0.02  # seconds; threads of OpenVINO and PyTorch that spin for work have gone to sleep by then
 INSTALL = {"nncf": "pip install nncf", "torchao": "pip install 'torchao==0.18.*'"}
 
 
